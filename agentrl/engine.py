@@ -1,0 +1,64 @@
+"""The seam to inference: token ids in, token ids and logprobs out. Implementations are in ``agentrl.engines``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentrl.types import Completion, FloatArray, IntArray
+
+__all__ = ["Adapter", "Engine", "Sampling"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one completion is drawn. Training refuses top_p and top_k: the learner can't know their support."""
+
+    max_tokens: int  # of the completion, the stop token included
+    seed: int  # of this request alone
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # nucleus: the smallest set of tokens with at least this probability
+    top_k: int = 0  # the k likeliest tokens; 0: all
+    stop_token_ids: tuple[int, ...] = ()  # sampling one of them ends the completion
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or above")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter as PEFT saves it."""
+
+    config: Mapping[str, Any]  # adapter_config.json
+    tensors: Mapping[str, Any]  # adapter_model.safetensors by name; torch tensors on the CPU
+
+
+class Engine(Protocol):
+    """What rollouts need of an inference engine."""
+
+    async def generate(self, prompt_ids: IntArray, sampling: Sampling) -> Completion:
+        """Sample one completion of ``prompt_ids`` (prompt tokens,).
+
+        Raises EngineError (the world's fault) when the engine is gone, UserError when the prompt can't be served.
+        """
+        ...
+
+    async def score(self, token_ids: IntArray, temperature: float) -> FloatArray:
+        """Logprobs (T,) in nats of each token given those before it, after ``temperature``; the first is 0."""
+        ...
+
+    async def load(self, adapter: Adapter | None, version: int) -> None:
+        """Serve ``adapter`` (None: the bare base) as ``version`` from the next request on."""
+        ...
+
+    async def close(self) -> None:
+        """Release memory, threads and processes; idempotent."""
+        ...
