@@ -31,6 +31,8 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 0 (all) or above")
+        if len(self.stop_token_ids) > 8:
+            raise ValueError(f"{len(self.stop_token_ids)} stop_token_ids were given; at most 8 are allowed")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -76,7 +76,9 @@ class Message:
         if self.role not in _ROLES:
             raise ValueError(f"role {self.role!r} is none of {', '.join(_ROLES)}")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role!r} has tool_calls; only the assistant calls tools")
+            raise ValueError(
+                f"a message of role {self.role!r} has tool_calls; only the assistant calls tools"
+            )
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a tool message needs the tool_call_id that it answers")
 
@@ -88,7 +90,9 @@ class Task:
     id: str  # unique in its environment, the same in every process
     prompt: tuple[Message, ...]  # the opening messages
     truth: Mapping[str, Any] = field(default_factory=dict)  # what the reward compares with
-    meta: Mapping[str, Any] = field(default_factory=dict)  # difficulty, source: for tables, never for the policy
+    meta: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # difficulty, source: for tables, never for the policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,9 @@ class Completion:
 class Turn:
     """One request to the engine. Only what is new is stored, so long episodes stay linear."""
 
-    new_ids: IntArray  # added to the prompt since the last turn's completion; the whole prompt if not `extends`
+    new_ids: (
+        IntArray  # added to the prompt since the last turn's completion; the whole prompt if not `extends`
+    )
     completion: Completion
     reward: float = 0.0  # the environment's, for this action
     extends: bool = True  # False: the history was rewritten and the prompt begins anew

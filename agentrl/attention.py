@@ -1,0 +1,114 @@
+"""Attention over packed tokens, without padding, for any transformers model that uses the AttentionInterface.
+
+A model whose attention implementation is ``PACKED`` sees one row of N tokens that belong to several sequences, and is
+called with ``plan=``: the plan knows which token belongs to which sequence. :class:`Segments` is the learner's (whole
+sequences, with gradients); the embedded engine brings its own, which reads and writes a KV cache.
+
+Covered: causal full and sliding-window attention, grouped-query attention. Not covered: attention sinks, soft-capped
+attention scores, cross attention, and recurrent layers; ``check_forward`` in ``agentrl.models`` finds those at start-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from agentrl.errors import UnsupportedModel
+
+__all__ = ["PACKED", "Plan", "Segments", "window_mask"]
+
+PACKED = "agentrl_packed"  # the name under which transformers knows this implementation
+
+
+class Plan(Protocol):
+    """Which packed token attends to what."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,  # (heads, N, head_dim)
+        key: Tensor,  # (kv_heads, N, head_dim)
+        value: Tensor,  # (kv_heads, N, head_dim)
+        *,
+        scale: float,
+        window: int | None,  # sliding window in tokens, the token itself included; None: full
+    ) -> Tensor:
+        """The attention output (N, heads, head_dim) of one layer."""
+        ...
+
+
+class Segments:
+    """Whole sequences, one behind the other: each token attends to its own sequence up to itself."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        # Neighbours of equal length go through one kernel call: batches sort samples by length, so there are many.
+        self._runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See :class:`Plan`."""
+        outputs, start = [], 0
+        for length, count in self._runs:
+            q, k, v = (
+                part[:, start : start + length * count].reshape(len(part), count, length, -1).transpose(0, 1)
+                for part in (query, key, value)
+            )
+            bounded = window is not None and length > window
+            mask = window_mask(length, length, window, query.device) if bounded else None
+            out = scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=not bounded,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+            start += length * count
+        return torch.cat(outputs)
+
+
+def window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Causal mask (queries, keys), True where attended, of the last ``queries`` positions of ``keys``."""
+    position = torch.arange(keys - queries, keys, device=device)[:, None]
+    other = torch.arange(keys, device=device)[None, :]
+    mask = other <= position
+    return mask if window is None else mask & (other > position - window)
+
+
+def _forward(
+    module: Any,
+    query: Tensor,  # (1, heads, N, head_dim)
+    key: Tensor,  # (1, kv_heads, N, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: Plan,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if softcap is not None or s_aux is not None:
+        name = type(module).__name__
+        raise UnsupportedModel(
+            f"{name} uses {'soft-capped scores' if s_aux is None else 'attention sinks'}, which the embedded engine and "
+            "the learner do not implement; use a model without them (Qwen3, Llama 3, Gemma 3, ...)"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = plan.attend(
+        module.layer_idx, query[0], key[0], value[0], scale=scale, window=sliding_window
+    )  # (N, heads, head_dim)
+    return out[None], None
+
+
+AttentionInterface.register(PACKED, _forward)

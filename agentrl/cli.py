@@ -1,0 +1,211 @@
+"""The command line: train, eval, check, list, show, export, version.
+
+A UserError is one clear line on stderr and exit code 2; an interrupt is 130; a check that fell is 1; a bug
+keeps its traceback. What loads torch is imported by the command that needs it, so ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from agentrl.errors import BadConfig, UserError
+
+if TYPE_CHECKING:
+    from agentrl.engine import Sampling
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    """Commands whose user errors end as one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning of tool-using language models: train, evaluate, check.",
+)
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(help="Settings as key=value, like rollout.group_size=4.")
+]
+EnvironmentArgs = Annotated[
+    list[str] | None, typer.Argument(help="The environment's arguments as key=value.")
+]
+EnvironmentName = Annotated[str, typer.Argument(help="A name of 'agentrl list', or 'package.module:Name'.")]
+Run = Annotated[str, typer.Argument(help="A run's folder, or its name in runs/.")]
+
+
+@app.command()
+def train(
+    target: Annotated[str, typer.Argument(help="A YAML file, a packaged configuration, or an environment.")],
+    settings: Settings = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or hub id, instead of the one configured.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a model on an environment."""
+    from agentrl.train import train
+
+    train(target, overrides=settings or (), model=model, resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    env: EnvironmentName,
+    settings: EnvironmentArgs = None,
+    *,
+    model: Annotated[str, typer.Option(help="The model's folder or hub id.")],
+    adapter: Annotated[str | None, typer.Option(help="Folder of a LoRA adapter of that model.")] = None,
+    n: Annotated[int | None, typer.Option("-n", min=1, help="Episodes a task; 8, or 1 where greedy.")] = None,
+    k: Annotated[str, typer.Option("-k", help="pass@k for each, like 1,8; at most n.")] = "1",
+    tasks: Annotated[int, typer.Option(min=1, help="How many tasks.")] = 100,
+    split: Annotated[str, typer.Option(help="Of the environment's tasks.")] = "test",
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of sampling; 1.")] = None,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="The likeliest tokens only; 0: all.")] = 0,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The likeliest token always, one episode a task.")
+    ] = False,
+    max_turn_tokens: Annotated[int, typer.Option(min=1, help="Sampled in one turn, at most.")] = 512,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a whole conversation, at most.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help="Of tasks and samples.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report to this file.")
+    ] = None,
+) -> None:
+    """Measure pass@k with 95 % intervals, clustered by task."""
+    from agentrl.configfile import parse_assignments
+    from agentrl.evaluate import evaluate
+    from agentrl.log import Display
+    from agentrl.show import evaluation_table
+
+    if greedy and (n is not None or temperature is not None):
+        raise BadConfig("-n and --temperature have no effect with --greedy, one episode a task: remove them")
+    n = n or (1 if greedy else 8)
+    temperature = 0.0 if greedy else 1.0 if temperature is None else temperature
+    with Display() as display, display.bar("episodes", total=tasks * n) as bar:
+        result = evaluate(
+            env,
+            model=model,
+            adapter=adapter,
+            n=n,
+            k=_counts(k),
+            tasks=tasks,
+            split=split,
+            seed=seed,
+            sampling=_sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k),
+            context=context,
+            args=parse_assignments(settings or ()),
+            on_episode=bar.advance,
+            on_note=display.note,
+        ).to_json()
+    display.show(evaluation_table(result, title=f"{env}, {split}"))
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
+    """Check that an environment is sound; exit code 1 if something fell."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from agentrl.checks import check_environment
+    from agentrl.configfile import parse_assignments
+    from agentrl.registry import make
+
+    report = check_environment(make(env, **parse_assignments(settings or ())))
+    table = Table("check", "result", "detail", title=env, title_justify="left")
+    for row in report.rows:
+        table.add_row(row.name, "passed" if row.passed else "FELL", Text(row.detail))
+    Console().print(table)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_names() -> None:
+    """List the environments, rewards and packaged configurations."""
+    from agentrl.configfile import packaged_configs
+    from agentrl.registry import list_environments, list_rewards
+
+    groups = {"environments": list_environments(), "rewards": list_rewards(), "configs": packaged_configs()}
+    for kind, names in groups.items():
+        typer.echo(f"{kind}: {', '.join(names)}")
+
+
+@app.command()
+def show(
+    run: Run,
+    transcripts: Annotated[int, typer.Option(min=0, help="How many of the last episodes.")] = 2,
+) -> None:
+    """Show a run's results, metrics and last episodes."""
+    from agentrl.log import Display
+    from agentrl.show import find_run, show_run
+
+    show_run(find_run(run), Display(), transcripts=transcripts)
+
+
+@app.command()
+def export(
+    run: Run,
+    merge: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+) -> None:
+    """Write a run's model as a checkpoint that transformers and vLLM load."""
+    from agentrl.export import export
+    from agentrl.show import find_run
+
+    export(find_run(run).root, merge)
+    typer.echo(f"wrote {merge}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version
+
+    typer.echo(version("agentrl-gym"))
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="agentrl")
+
+
+def _sampling(max_tokens: int, temperature: float, *, top_p: float, top_k: int) -> Sampling:
+    from agentrl.engine import Sampling
+
+    try:
+        return Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=0)
+    except ValueError as error:
+        raise BadConfig(str(error)) from None
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """ "1,8" as (1, 8)."""
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise BadConfig(f"-k is {text!r}; it must be counts like 1,8")
+    return tuple(int(part) for part in text.split(","))

@@ -1,0 +1,96 @@
+"""The tools of an environment class, and the answers to the tool calls of one message.
+
+Every call is answered exactly once, in the order of the calls, whatever is wrong with it: what the model did
+wrong becomes a text that it can read. WorldErrors and bugs leave, and end the other calls of the message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agentrl.errors import BadArguments, ToolError, UserError, did_you_mean
+from agentrl.tools import Tool, as_text, as_tool, is_tool
+from agentrl.types import Message, ToolCall
+
+__all__ = ["answer_calls", "collect_tools"]
+
+_BAD_CALLS: Mapping[str, str] = {
+    "invalid_json": "the tool call is no valid JSON",
+    "not_object": "the tool call is no JSON object with a name and arguments",
+    "unclosed": "the tool call was not closed",
+    "schema_error": "the arguments of the tool call do not fit",
+}
+
+
+def collect_tools(cls: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
+    """(tools among the methods of ``cls``, among its static methods), in the order of their definition.
+
+    Raises UserError where a tool is overridden by a method that is none, or two tools share a name.
+    """
+    methods: list[Tool] = []
+    functions: list[Tool] = []
+    for attribute in dict.fromkeys(name for base in reversed(cls.__mro__) for name in vars(base)):
+        defined = inspect.getattr_static(cls, attribute)
+        function = getattr(defined, "__func__", defined)
+        if is_tool(function):
+            (functions if isinstance(defined, staticmethod) else methods).append(as_tool(function))
+        elif callable(function) and any(is_tool(vars(base).get(attribute)) for base in cls.__mro__):
+            raise UserError(
+                f"{cls.__name__}.{attribute} overrides a tool and is none: mark it with @tool, or set it "
+                "to None"
+            )
+    names = [tool.name for tool in (*methods, *functions)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{cls.__name__} has two tools named {name!r}: rename one")
+    return tuple(methods), tuple(functions)
+
+
+async def answer_calls(
+    calls: Sequence[ToolCall], tools: Sequence[Tool], *, deadline_s: float, most_chars: int
+) -> list[Message]:
+    """One tool message for each call, the calls run at the same time.
+
+    ``deadline_s`` holds for tools without one of their own; results are cut to ``most_chars``.
+    """
+    running = [asyncio.ensure_future(_answer(call, tools, deadline_s, most_chars)) for call in calls]
+    try:
+        return await asyncio.gather(*running)
+    except BaseException:  # nothing of a failed step goes on behind its back
+        for task in running:
+            task.cancel()
+        await asyncio.wait(running)
+        raise
+
+
+async def _answer(call: ToolCall, tools: Sequence[Tool], deadline_s: float, most_chars: int) -> Message:
+    try:
+        tool = _find(call, tools)
+        result = await tool.run(tool.parse(call), deadline_s=deadline_s)
+    except (BadArguments, ToolError) as error:  # the model's fault: let it read why
+        result = f"error: {error}"
+    except BaseException as error:
+        error.add_note(f"in the tool {call.name!r}, called with {_shown(call.arguments)}")
+        raise
+    text = as_text(result, most_chars=most_chars)
+    return Message("tool", text, tool_call_id=call.id, name=call.name or None)
+
+
+def _find(call: ToolCall, tools: Sequence[Tool]) -> Tool:
+    """The tool that is meant. Raises BadArguments for a call that can't be run."""
+    if call.status in _BAD_CALLS:
+        raise BadArguments(call.note or _BAD_CALLS[call.status])
+    for tool in tools:
+        if tool.name == call.name:
+            return tool
+    names = [tool.name for tool in tools]
+    known = f"the tools are {', '.join(names)}" if names else "there are no tools"
+    raise BadArguments(f"no tool named {call.name!r}{did_you_mean(call.name, names)}; {known}")
+
+
+def _shown(arguments: Mapping[str, Any] | None) -> str:
+    text = repr(arguments)
+    return text if len(text) <= 500 else f"{text[:500]}..."

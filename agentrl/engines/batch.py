@@ -1,0 +1,248 @@
+"""The batch that the embedded engine decodes: requests in the rows of a KV cache, advanced token by token.
+
+Not thread-safe, except ``interrupt``. Rows [0, active) are decoding; the rest are free or hold the tokens of a finished
+request whose conversation may go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agentrl.engine import Sampling
+from agentrl.engines.cache import Decode, KVCache, Prefill, Span
+from agentrl.engines.sampling import draw, uniforms
+from agentrl.models import backbone, head
+from agentrl.types import Finish, FloatArray, IntArray
+
+__all__ = ["Batch", "Request"]
+
+_ROW = np.dtype(
+    [
+        ("length", np.int64),  # tokens in the cache
+        ("count", np.int64),  # tokens sampled
+        ("limit", np.int64),  # max_tokens
+        ("last", np.int64),  # the last sampled token, not yet in the cache
+        ("seed", np.uint64),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("top_k", np.int64),
+        ("stop", np.int64, (8,)),  # stop token ids, -1 where there are fewer
+        ("used", np.int64),  # when the row was last released; 0: it holds nothing
+    ]
+)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request on its way through the batch."""
+
+    prompt_ids: IntArray  # (prompt tokens,)
+    sampling: Sampling
+    cancelled: bool = False  # set from outside; the row is given up at the next token
+    token_ids: IntArray = field(default_factory=lambda: np.zeros(0, np.int32))  # (C,) when finished
+    logprobs: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))  # (C,)
+    finish: Finish = "aborted"
+
+
+class Batch:
+    """Requests being decoded together."""
+
+    def __init__(self, model: Any, *, max_sequences: int, prefill_tokens: int) -> None:
+        self.max_sequences = max_sequences
+        self.device = model.get_input_embeddings().weight.device
+        self._model, self._head = model, head(model)
+        self._prefill_tokens = prefill_tokens
+        self._cache = KVCache(max_sequences)
+        self._rows = np.zeros(max_sequences, _ROW)
+        self._requests: list[Request] = []  # of the rows [0, active)
+        self._held: list[bytes] = [b""] * max_sequences  # token ids whose keys an idle row holds
+        self._said = np.zeros((max_sequences, 64), np.int32)
+        self._logprobs = np.zeros((max_sequences, 64), np.float32)
+        self._clock = 0
+        self._interrupted = False
+
+    def interrupt(self) -> None:
+        """Have ``advance`` return after the token that it is working on."""
+        self._interrupted = True
+
+    def forget(self) -> None:
+        """Drop what idle rows hold: the weights have changed."""
+        self._held = [b""] * self.max_sequences
+        self._rows["used"] = 0
+
+    @torch.no_grad()
+    def advance(self, fresh: list[Request]) -> list[Request]:
+        """Admit ``fresh``, decode until a request finishes or someone interrupts, and return the finished ones."""
+        self._interrupted = False
+        finished: list[Request] = []
+        if fresh:
+            self._prefill(fresh)
+            finished = self._release()
+        while self._requests and not finished:
+            self._decode()
+            finished = self._release()
+            if self._interrupted:
+                break
+        return finished
+
+    # -- admission --
+
+    def _prefill(self, fresh: list[Request]) -> None:
+        """Compute what is new in each prompt, the same prompt only once, and sample each request's first token."""
+        first = len(self._requests)
+        leaders: dict[bytes, tuple[int, int]] = {}  # prompt -> its row, and its place among the spans
+        spans: list[Span] = []
+        for request in fresh:
+            key, row = request.prompt_ids.tobytes(), len(self._requests)
+            start = self._seat(request, key)
+            if key not in leaders:
+                leaders[key] = row, len(spans)
+                spans.append(Span(row, start, len(request.prompt_ids) - start))
+        logits = self._prompt_logits(spans)
+        places = [leaders[request.prompt_ids.tobytes()] for request in fresh]
+        for row, (leader, _) in enumerate(places, start=first):
+            if row != leader:
+                self._cache.copy(leader, row, int(self._rows["length"][row]))
+        self._sample(first, logits[[place for _, place in places]])
+
+    def _seat(self, request: Request, key: bytes) -> int:
+        """Give ``request`` the first idle row; returns how many of its prompt's tokens the cache holds already."""
+        row, (idle, known) = len(self._requests), self._past(key)
+        self._exchange(row, idle, length=known // _ID_BYTES)
+        self._held[row] = b""
+        sampling = request.sampling
+        self._rows[row] = (
+            len(request.prompt_ids),
+            0,
+            sampling.max_tokens,
+            -1,
+            sampling.seed,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.stop_token_ids + (-1,) * (_MAX_STOPS - len(sampling.stop_token_ids)),
+            0,
+        )
+        self._requests.append(request)
+        self._widen(sampling.max_tokens)
+        return known // _ID_BYTES
+
+    def _past(self, key: bytes) -> tuple[int, int]:
+        """The idle row that holds the longest beginning of a prompt, and its bytes; else the row longest unused, 0."""
+        first = len(self._requests)
+        best, known = first + int(self._rows["used"][first:].argmin()), 0
+        for row in range(first, self.max_sequences):
+            held = self._held[row]
+            if known < len(held) < len(key) and key.startswith(held):
+                best, known = row, len(held)
+        return best, known
+
+    def _exchange(self, first: int, second: int, *, length: int) -> None:
+        """Swap two rows with all that is kept of them."""
+        if first == second:
+            return
+        length = max(length, len(self._held[first]) // _ID_BYTES, len(self._held[second]) // _ID_BYTES)
+        self._cache.swap(first, second, length)
+        for array in (self._rows, self._said, self._logprobs):
+            array[[first, second]] = array[[second, first]]
+        self._held[first], self._held[second] = self._held[second], self._held[first]
+
+    def _widen(self, tokens: int) -> None:
+        if tokens > self._said.shape[1]:
+            extra = ((0, 0), (0, tokens - self._said.shape[1]))
+            self._said, self._logprobs = np.pad(self._said, extra), np.pad(self._logprobs, extra)
+
+    def _prompt_logits(self, spans: Sequence[Span]) -> Tensor:
+        """Logits (spans, V) behind the last token of each span; fills the cache."""
+        last: list[Tensor] = []
+        for pack in _packs(spans, self._prefill_tokens):
+            plan = Prefill(self._cache, pack, self.device)
+            pieces = [
+                self._requests[span.row].prompt_ids[span.start : span.start + span.count] for span in pack
+            ]
+            hidden = backbone(self._model, self._tensor(np.concatenate(pieces)), plan.positions, plan)
+            for span, end in zip(pack, np.cumsum([span.count for span in pack]), strict=True):
+                if span.start + span.count == len(self._requests[span.row].prompt_ids):
+                    last.append(hidden[end - 1])
+        logits: Tensor = self._head(torch.stack(last))
+        return logits
+
+    # -- decoding --
+
+    def _decode(self) -> None:
+        """One more token for every active row."""
+        rows = self._rows[: len(self._requests)]
+        plan = Decode(self._cache, self._tensor(rows["length"]))
+        hidden = backbone(self._model, self._tensor(rows["last"]), plan.positions, plan)
+        rows["length"] += 1
+        self._sample(0, self._head(hidden))
+
+    def _sample(self, first: int, logits: Tensor) -> None:
+        """Draw the next token of the rows from ``first`` on, one for each row of ``logits``."""
+        index = np.arange(first, first + len(logits))
+        rows = self._rows[first : first + len(logits)]
+        tokens, logprobs = draw(
+            logits,
+            uniform=torch.as_tensor(uniforms(rows["seed"], rows["count"]), device=self.device),
+            temperature=torch.as_tensor(rows["temperature"], device=self.device),
+            top_p=torch.as_tensor(rows["top_p"], device=self.device),
+            top_k=self._tensor(rows["top_k"]),
+        )
+        rows["last"] = tokens.cpu().numpy()
+        self._said[index, rows["count"]] = rows["last"]
+        self._logprobs[index, rows["count"]] = logprobs.cpu().numpy()
+        rows["count"] += 1
+
+    def _release(self) -> list[Request]:
+        """Take the finished requests out of the batch; their rows keep the conversation's keys."""
+        rows = self._rows[: len(self._requests)]
+        stopped = (rows["last"][:, None] == rows["stop"]).any(1)
+        cancelled = np.array([request.cancelled for request in self._requests], np.bool_)
+        finished: list[Request] = []
+        for row in np.flatnonzero(stopped | cancelled | (rows["count"] >= rows["limit"]))[::-1].tolist():
+            request, count = self._requests[row], int(rows["count"][row])
+            request.finish = "aborted" if cancelled[row] else "stop" if stopped[row] else "length"
+            request.token_ids = self._said[row, :count].copy()
+            request.logprobs = self._logprobs[row, :count].copy()
+            past = np.concatenate([request.prompt_ids, request.token_ids[:-1]])  # the last one was never fed
+            self._clock += 1
+            self._held[row], rows["used"][row] = past.tobytes(), self._clock
+            self._vacate(row)
+            finished.append(request)
+        return finished[::-1]
+
+    def _vacate(self, row: int) -> None:
+        """Move an idle row behind the active ones."""
+        end = len(self._requests) - 1
+        self._exchange(row, end, length=int(self._rows["length"][[row, end]].max()))
+        self._requests[row] = self._requests[end]
+        self._requests.pop()
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.ascontiguousarray(values, np.int64), device=self.device)
+
+
+_ID_BYTES = 4  # token ids are int32
+_MAX_STOPS = 8
+
+
+def _packs(spans: Sequence[Span], budget: int) -> Iterator[list[Span]]:
+    """Group spans into forward passes of at most ``budget`` tokens; a longer span is computed in pieces."""
+    pack: list[Span] = []
+    room = budget
+    for span in spans:
+        start, left = span.start, span.count
+        while left:
+            if room == 0:
+                yield pack
+                pack, room = [], budget
+            count = min(left, room)
+            pack.append(Span(span.row, start, count))
+            start, left, room = start + count, left - count, room - count
+    yield pack

@@ -1,0 +1,155 @@
+"""Keys and values of many conversations, one row each, and the attention plans that read and write them.
+
+Rows [0, n) are being decoded; the rest are free or hold the past of a conversation that may go on. Keeping the active
+rows in front makes decoding a view of the cache instead of a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from agentrl.attention import window_mask
+
+__all__ = ["Decode", "KVCache", "Prefill", "Span"]
+
+
+class KVCache:
+    """Per layer two tensors (rows, kv_heads, capacity, head_dim); capacity doubles as conversations grow."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._capacity = 128
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Reserved memory in bytes."""
+        return sum(part.nbytes for pair in self._layers.values() for part in pair)
+
+    def reserve(self, length: int) -> None:
+        """Make room for conversations of ``length`` tokens."""
+        if length <= self._capacity:
+            return
+        while self._capacity < length:
+            self._capacity *= 2
+        for layer, pair in self._layers.items():
+            key, value = (self._grown(part) for part in pair)
+            self._layers[layer] = key, value
+
+    def _grown(self, part: Tensor) -> Tensor:
+        new = part.new_zeros(part.shape[0], part.shape[1], self._capacity, part.shape[3])
+        new[:, :, : part.shape[2]] = part
+        return new
+
+    def write(self, layer: int, rows: Tensor, positions: Tensor, *, key: Tensor, value: Tensor) -> None:
+        """Store ``key`` and ``value`` (kv_heads, N, head_dim) of N tokens at their ``rows`` and ``positions`` (N,)."""
+        if layer not in self._layers:
+            shape = self._rows, key.shape[0], self._capacity, key.shape[2]
+            # Zeros, not empty: a masked position has weight 0, but 0 times an uninitialised NaN is NaN.
+            self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        keys, values = self._layers[layer]
+        keys[rows, :, positions] = key.transpose(0, 1)
+        values[rows, :, positions] = value.transpose(0, 1)
+
+    def read(self, layer: int, rows: slice | int, length: int) -> tuple[Tensor, Tensor]:
+        """Views of the first ``length`` keys and values of ``rows``."""
+        keys, values = self._layers[layer]
+        return keys[rows, :, :length], values[rows, :, :length]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give ``target`` the first ``length`` tokens of ``source``."""
+        for pair in self._layers.values():
+            for part in pair:
+                part[target, :, :length] = part[source, :, :length]
+
+    def swap(self, first: int, second: int, length: int) -> None:
+        """Exchange the first ``length`` tokens of two rows."""
+        if first == second:
+            return
+        for pair in self._layers.values():
+            for part in pair:
+                kept = part[first, :, :length].clone()
+                part[first, :, :length] = part[second, :, :length]
+                part[second, :, :length] = kept
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """New tokens of one row: ``count`` of them behind the ``start`` that the cache holds."""
+
+    row: int
+    start: int
+    count: int
+
+
+class Prefill:
+    """Plan for the new tokens of several rows, packed one behind the other."""
+
+    def __init__(self, cache: KVCache, spans: Sequence[Span], device: torch.device) -> None:
+        self._cache, self._spans = cache, spans
+        self.positions = torch.cat([torch.arange(s.start, s.start + s.count, device=device) for s in spans])
+        counts = torch.tensor([span.count for span in spans], device=device)
+        self._row_of_token = torch.tensor([span.row for span in spans], device=device).repeat_interleave(
+            counts
+        )
+        cache.reserve(max(span.start + span.count for span in spans))
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See :class:`agentrl.attention.Plan`."""
+        self._cache.write(layer, self._row_of_token, self.positions, key=key, value=value)
+        outputs, begin = [], 0
+        for span in self._spans:
+            end, length = begin + span.count, span.start + span.count
+            keys, values = self._cache.read(layer, span.row, length)
+            plain = span.start == 0 and (window is None or length <= window)
+            mask = None if plain else window_mask(span.count, length, window, query.device)
+            out = scaled_dot_product_attention(
+                query[None, :, begin:end],
+                keys[None],
+                values[None],
+                attn_mask=mask,
+                is_causal=plain,
+                scale=scale,
+                enable_gqa=query.shape[0] != key.shape[0],
+            )
+            outputs.append(out[0].transpose(0, 1))
+            begin = end
+        return torch.cat(outputs)
+
+
+class Decode:
+    """Plan for one new token of each of the rows [0, n)."""
+
+    def __init__(self, cache: KVCache, positions: Tensor) -> None:
+        self._cache, self.positions = cache, positions
+        self._rows = torch.arange(len(positions), device=positions.device)
+        self._length = int(positions.max()) + 1
+        self._masks: dict[int | None, Tensor] = {}
+        cache.reserve(self._length)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See :class:`agentrl.attention.Plan`."""
+        self._cache.write(layer, self._rows, self.positions, key=key, value=value)
+        keys, values = self._cache.read(layer, slice(0, len(self._rows)), self._length)
+        # The heads that share a key become its queries: no copy of the cache for grouped-query attention.
+        grouped = query.reshape(key.shape[0], -1, *query.shape[1:]).permute(2, 0, 1, 3)  # (n, kv_heads, group, head_dim)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
+        return out.flatten(1, 2)
+
+    def _mask(self, window: int | None) -> Tensor:
+        if window not in self._masks:
+            other = torch.arange(self._length, device=self.positions.device)
+            mask = other <= self.positions[:, None]
+            if window is not None:
+                mask &= other > self.positions[:, None] - window
+            self._masks[window] = mask[:, None, None]
+        return self._masks[window]

@@ -1,0 +1,84 @@
+"""Draw tokens from logits: vectorised over requests, and each request's draws depend on its own seed alone.
+
+Randomness is counter-based (SplitMix64, Steele, Lea and Flood 2014): the uniform number of a request's i-th token is a
+pure function of its seed and i, so who else is in the batch does not matter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["draw", "uniforms"]
+
+_BLOCK = 256  # tokens summed before the cumulative sum: short sums keep float32 exact enough for 262k words
+
+
+def uniforms(seeds: npt.NDArray[np.uint64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Numbers (n,) in [0, 1) for the ``counts``-th token of the streams ``seeds``."""
+    z = seeds + (counts.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    numbers: npt.NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return numbers
+
+
+def draw(
+    logits: Tensor,  # (n, V)
+    *,
+    uniform: Tensor,  # (n,) float64 in [0, 1)
+    temperature: Tensor,  # (n,) float32; 0: greedy
+    top_p: Tensor,  # (n,) float32; 1: all
+    top_k: Tensor,  # (n,) int64; 0: all
+) -> tuple[Tensor, Tensor]:
+    """Tokens (n,) int64 and their logprobs (n,) float32 in nats, of the distribution sampled from.
+
+    A greedy token's logprob is that of the distribution at temperature 1.
+    """
+    greedy = temperature == 0
+    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
+    logprobs = scaled.log_softmax(-1)
+    filtered = ((top_p < 1) | (top_k > 0)) & ~greedy
+    if bool(filtered.any()):
+        logprobs[filtered] = _filter(logprobs[filtered], top_p[filtered], top_k[filtered])
+    tokens = _inverse_cdf(logprobs.exp(), uniform)
+    if bool(greedy.any()):
+        tokens[greedy] = logits[greedy].argmax(-1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def _filter(logprobs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """Renormalised logprobs with everything outside the top-k and the nucleus at -inf."""
+    ordered, order = logprobs.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of everything likelier
+    rank = torch.arange(logprobs.shape[1], device=logprobs.device)
+    limit = torch.where(top_k > 0, top_k, logprobs.shape[1])
+    drop = (rank >= limit[:, None]) | (before >= top_p[:, None])
+    drop[:, 0] = False
+    kept = torch.empty_like(logprobs).scatter_(1, order, ordered.masked_fill(drop, -torch.inf))
+    return kept.log_softmax(-1)
+
+
+def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token (n,) at which the cumulative probability passes ``uniform``: first its block, then its place."""
+    padding = -probabilities.shape[1] % _BLOCK
+    if padding:
+        probabilities = torch.nn.functional.pad(probabilities, (0, padding))
+    blocks = probabilities.view(len(probabilities), -1, _BLOCK)
+    block, rest = _locate(blocks.sum(-1), uniform)
+    inside = blocks[torch.arange(len(block), device=block.device), block]
+    return block * _BLOCK + _locate(inside, rest / inside.sum(-1, dtype=torch.float64).clamp_min(1e-300))[0]
+
+
+def _locate(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Index (n,) of the weight in which ``uniform`` of their sum falls, and how far into it, in absolute terms."""
+    edges = weights.double().cumsum(-1)
+    target = uniform.clamp(0, 1 - 2.0**-53) * edges[:, -1]
+    index = torch.searchsorted(edges, target[:, None], right=True)[:, 0]
+    # Rounding may point behind the last positive weight: step back onto it.
+    last = weights.shape[1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
+    index = torch.minimum(index, last)
+    return index, target - (edges.gather(1, index[:, None]) - weights.gather(1, index[:, None]))[:, 0]

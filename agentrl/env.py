@@ -1,0 +1,399 @@
+"""The environment contract: a chat with tools that is a ``gymnasium.Env``.
+
+Observations are the messages that are new since the last action, an action is one assistant message. ``Env``
+keeps the conversation, the choice of the task and the end of an episode; ``ToolEnv`` adds tool calls, a limit
+of turns and a reward at the end. Three faults have three fates: what the model did wrong is an observation, a
+WorldError leaves ``astep`` for the caller to retry, anything else is a bug whose traceback names the task.
+
+Making an environment is cheap (well under 0.1 ms): every episode gets a new one. Many interleave in one
+process, so their state is their own and their only randomness is ``np_random``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import gymnasium
+from gymnasium.error import ResetNeeded
+
+from agentrl.dispatch import answer_calls, collect_tools
+from agentrl.errors import BadData, UserError, did_you_mean
+from agentrl.registry import make_reward
+from agentrl.reward import Evidence, Reward, as_score
+from agentrl.spaces import Assistant, Chat
+from agentrl.tasks import TaskList, TaskStream, draw_task, freeze, task_at
+from agentrl.threads import in_thread, run_sync
+from agentrl.tools import Tool
+from agentrl.transcript import to_ansi, to_html, to_json
+from agentrl.types import Message, Score, Task
+
+__all__ = ["Env", "Step", "ToolEnv"]
+
+Step = tuple[
+    tuple[Message, ...], float, bool, bool, dict[str, Any]
+]  # observation, reward, terminated, truncated, info
+
+_RENDERERS: Mapping[str, Callable[[Sequence[Message]], str]] = {
+    "ansi": to_ansi,
+    "html": to_html,
+    "json": to_json,
+}
+_KEPT_TASK_LISTS = 8  # per class; more configurations at once read theirs again
+
+
+class Env(gymnasium.Env[tuple[Message, ...], Message]):
+    """A conversation about a task.
+
+    An author gives ``tasks``, ``gold`` and ``step``; in ``step``, ``accept(action)`` comes first and
+    ``return self.transition(...)`` last.
+    """
+
+    metadata = {"render_modes": list(_RENDERERS), "render_fps": 1}
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")  # what tasks() knows; the first is reset's default
+
+    completion_tokens: int  # sampled in this episode; whoever samples adds to it before each action
+    timings: dict[str, float]  # seconds by stage of this episode: "step", or "tools" and "reward"
+
+    _task_lists: ClassVar[dict[Hashable, TaskList]] = {}
+    _settings: Hashable
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._task_lists = {}
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Env:
+        env: Env = super().__new__(cls)
+        env._settings = freeze((args, kwargs))  # equal settings share their task lists
+        return env
+
+    def __init__(self, *, render_mode: str | None = None) -> None:
+        if render_mode is not None and render_mode not in _RENDERERS:
+            raise UserError(
+                f"render_mode={render_mode!r}{did_you_mean(render_mode, _RENDERERS)}: ansi, html or json"
+            )
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = Chat(), Assistant(self.tools)
+        self.completion_tokens, self.timings = 0, {}
+        self._task: Task | None = None
+        self._messages: list[Message] = []
+        self._running = False
+
+    def tasks(self, split: str) -> Iterable[Task]:
+        """The tasks of a split: a sequence, or any iterable, which is read as far as needed."""
+        raise NotImplementedError(f"{type(self).__name__} must define tasks(split)")
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        """The assistant messages of a right episode of ``task``."""
+        raise NotImplementedError(f"{type(self).__name__} must define gold(task)")
+
+    def setup(self, task: Task) -> None:
+        """Prepare an episode's state, with no randomness but ``self.np_random``; called by every reset."""
+
+    def opening(self, task: Task) -> tuple[Message, ...]:
+        """The messages that an episode begins with."""
+        return task.prompt
+
+    def score(self) -> Score | float:
+        """What the conversation is worth where a budget cuts it off; nothing, unless overridden."""
+        return 0.0
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        """What the assistant may call."""
+        return ()
+
+    @property
+    def task(self) -> Task:
+        """The task of this episode."""
+        if self._task is None:
+            raise ResetNeeded(f"{type(self).__name__} has no task before reset()")
+        return self._task
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation of this episode."""
+        return tuple(self._messages)
+
+    def task_list(self, split: str) -> TaskList:
+        """``tasks(split)`` for reading by index, shared between environments of equal settings.
+
+        Raises BadData for a split that is not in ``splits``.
+        """
+        if split not in self.splits:
+            raise BadData(
+                f"{type(self).__name__} has no split {split!r}{did_you_mean(split, self.splits)}; "
+                f"it has {', '.join(self.splits)}"
+            )
+        lists, key = type(self)._task_lists, (split, self._settings)
+        if key not in lists:
+            tasks = self.tasks(split)
+            while len(lists) >= _KEPT_TASK_LISTS:
+                lists.pop(next(iter(lists)), None)
+            lists[key] = tasks if isinstance(tasks, Sequence) else TaskStream(tasks)
+        return lists[key]
+
+    def find_task(self, task_id: str) -> Task:
+        """The task with this id, of whatever split. Raises UserError where there is none.
+
+        Looks at every task in turn; environments with more tasks than fit into memory override it.
+        """
+        for split in self.splits:
+            for task in self.task_list(split):
+                if task.id == task_id:
+                    return task
+        raise UserError(
+            f"{type(self).__name__} has no task with the id {task_id!r} in {', '.join(self.splits)}"
+        )
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        """Begin an episode: of ``{"split", "index"}``, of ``{"task_id"}``, else drawn from the split.
+
+        Raises UserError for options that are unknown, do not fit together or point nowhere.
+        """
+        super().reset(seed=seed)
+        self._task = self._choose(options or {})
+        self._messages = []
+        self._running = True
+        self.completion_tokens, self.timings = 0, {}
+        with self._naming("setup"):
+            self.setup(self._task)
+        opening = self.opening(self._task)
+        self._messages.extend(opening)
+        return tuple(opening), {"task_id": self._task.id}
+
+    def step(self, action: Message) -> Step:
+        """One turn: ``accept`` the action, and return a ``transition``."""
+        raise NotImplementedError(f"{type(self).__name__} must define step(action)")
+
+    async def astep(self, action: Message) -> Step:
+        """``step`` for an event loop; by default in a thread of its own."""
+        with self._timing("step"):
+            return await in_thread(self.step, action)
+
+    def truncate(self, reason: str, message: Message | None = None) -> Step:
+        """End the episode because a budget outside it ran out (tokens, context); it is scored as it stands.
+
+        ``message`` is what the assistant had said of its last turn; its tool calls are not run.
+        """
+        self._check_running()
+        if message is not None:
+            self.accept(message)
+        with self._timing("reward"), self._naming("reward"):
+            score = self.score()
+        return self.transition(score=score, stop_reason=reason, truncated=True)
+
+    async def atruncate(self, reason: str, message: Message | None = None) -> Step:
+        """``truncate`` for an event loop."""
+        return await in_thread(self.truncate, reason, message)
+
+    def accept(self, action: Message) -> None:
+        """Append what the assistant said.
+
+        Raises UserError for anything else, ResetNeeded outside an episode.
+        """
+        self._check_running()
+        if not self.action_space.contains(action):
+            raise UserError(
+                f"an action is one Message('assistant', ...), not {action!r}; "
+                "for plain text wrap the environment in agentrl.wrappers.TextAction"
+            )
+        self._messages.append(action)
+
+    def transition(
+        self, *new: Message, score: Score | float = 0.0, stop_reason: str = "", truncated: bool = False
+    ) -> Step:
+        """Append ``new`` and say what ``step`` returns; the episode is over where there is a ``stop_reason``.
+
+        ``truncated`` says that a budget ended it and not the task.
+        """
+        self._check_running()
+        if truncated and not stop_reason:
+            raise ValueError("a truncated episode needs a stop_reason, such as 'max_turns'")
+        self._messages.extend(new)
+        self._running = not stop_reason
+        given = as_score(score, type(self).__qualname__)
+        info = {
+            "stop_reason": stop_reason,
+            "is_valid": True,
+            "reward_parts": dict(given.parts),
+            "reward_note": given.note,
+        }
+        return new, float(given.value), bool(stop_reason) and not truncated, truncated, info
+
+    def render(self) -> str | None:
+        """The conversation as ``render_mode`` says; None without one."""
+        return None if self.render_mode is None else _RENDERERS[self.render_mode](self._messages)
+
+    def _choose(self, options: Mapping[str, Any]) -> Task:
+        known = ("split", "index", "task_id")
+        for name in options:
+            if name not in known:
+                raise UserError(
+                    f"reset has no option {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}"
+                )
+        if "task_id" in options:
+            if len(options) > 1:
+                raise UserError(
+                    f"reset options {dict(options)!r}: a task_id stands alone, without split and index"
+                )
+            return self.find_task(options["task_id"])
+        split = options.get("split", self.splits[0])
+        tasks = self.task_list(split)
+        if "index" in options:
+            return task_at(tasks, options["index"], split=split)
+        return draw_task(tasks, self.np_random, split=split)
+
+    def _check_running(self) -> None:
+        if not self._running:
+            raise ResetNeeded(f"an episode of {type(self).__name__} is over or never began: call reset()")
+
+    @contextmanager
+    def _timing(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _naming(self, part: str) -> Iterator[None]:
+        """Let a traceback say where in which episode it began."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"in the {part} of environment {type(self).__qualname__}, task {self.task.id!r}")
+            raise
+
+
+class ToolEnv(Env):
+    """A chat in which the assistant calls tools and then answers; the answer is scored.
+
+    An author gives ``tasks``, ``gold``, methods marked with ``@tool`` and a ``reward``: the name of one, a
+    method, or any callable that takes an Evidence. A message without tool calls is the answer.
+    """
+
+    max_turns: int = 8  # assistant messages in an episode
+    tool_deadline_s: float = 10.0  # seconds, of one call of a tool without a deadline of its own
+    max_result_chars: int = 20_000  # of a tool's result; what is longer is cut and says so
+    system: str = ""  # a system message before every task's prompt
+    reward: str | Callable[..., Score | float] = ""
+
+    _methods: ClassVar[tuple[Tool, ...]] = ()
+    _functions: ClassVar[tuple[Tool, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "step" in vars(cls) and "astep" not in vars(cls):
+            raise UserError(f"{cls.__name__} overrides step, which rollouts never call: override astep")
+        reward = vars(cls).get("reward")
+        if inspect.isfunction(reward) and len(inspect.signature(reward).parameters) == 1:
+            cls.reward = staticmethod(reward)  # a plain function of the evidence, not a method
+        cls._methods, cls._functions = collect_tools(cls)
+
+    def __init__(
+        self,
+        *,
+        max_turns: int | None = None,
+        tool_deadline_s: float | None = None,
+        max_result_chars: int | None = None,
+        system: str | None = None,
+        reward: str | Reward | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        limits = {
+            "max_turns": max_turns,
+            "tool_deadline_s": tool_deadline_s,
+            "max_result_chars": max_result_chars,
+        }
+        for name, limit in limits.items():
+            if limit is not None and limit <= 0:
+                raise UserError(f"{type(self).__name__}({name}={limit}): it must be above 0")
+            if limit is not None:
+                setattr(self, name, limit)
+        self.system = self.system if system is None else system
+        chosen = self.reward if reward is None else reward
+        if not chosen:
+            raise UserError(
+                f'{type(self).__name__} has no reward: set reward = "exact", or define reward(self, evidence)'
+            )
+        self._reward: Reward = _reward_named(chosen) if isinstance(chosen, str) else chosen
+        self._tools = (*(tool.bind(self) for tool in self._methods), *self._functions)
+        self._turns = 0
+        self._ending = ""
+        super().__init__(render_mode=render_mode)
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        return self._tools
+
+    def opening(self, task: Task) -> tuple[Message, ...]:
+        if not self.system:
+            return task.prompt
+        if task.prompt and task.prompt[0].role == "system":
+            raise UserError(
+                f"{type(self).__name__} has a system text and task {task.id!r} brings its own: "
+                "set system='' to use the task's"
+            )
+        return (Message("system", self.system), *task.prompt)
+
+    def score(self) -> Score | float:
+        """The reward of the conversation as it stands."""
+        return self._reward(Evidence(self.task, self.messages, self, self.completion_tokens))
+
+    def end(self, stop_reason: str) -> None:
+        """End the episode once the calls of this message are answered: for tools that submit or solve."""
+        self._ending = stop_reason
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[Message, ...], dict[str, Any]]:
+        self._turns = 0
+        self._ending = ""
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Message) -> Step:
+        """``astep`` on a background loop, for Gymnasium and for stepping by hand."""
+        return run_sync(self.astep(action))
+
+    async def astep(self, action: Message) -> Step:
+        """Run the calls of ``action`` at the same time and answer in order; without calls, score the answer.
+
+        Raises WorldError where the world failed under a tool or the reward.
+        """
+        self.accept(action)
+        self._turns += 1
+        if not action.tool_calls:
+            return await self._finish("answered")
+        with self._timing("tools"), self._naming("tools"):
+            answers = await answer_calls(
+                action.tool_calls,
+                self._tools,
+                deadline_s=self.tool_deadline_s,
+                most_chars=self.max_result_chars,
+            )
+        if self._ending:
+            return await self._finish(self._ending, *answers)
+        if self._turns >= self.max_turns:
+            # With a single turn there is nothing to cut off: the task is over, which Gymnasium insists on.
+            return await self._finish("max_turns", *answers, truncated=self.max_turns > 1)
+        return self.transition(*answers)
+
+    async def _finish(self, stop_reason: str, *new: Message, truncated: bool = False) -> Step:
+        self._messages.extend(new)
+        with self._timing("reward"), self._naming("reward"):
+            score = as_score(await in_thread(self.score), self._reward)
+        observation, *rest = self.transition(score=score, stop_reason=stop_reason, truncated=truncated)
+        return (new, *rest)  # type: ignore[return-value]  # they were appended before the score was taken
+
+
+@functools.cache
+def _reward_named(name: str) -> Reward:
+    """One object per name: rewards keep no state between calls, and some hold worker processes."""
+    return make_reward(name)

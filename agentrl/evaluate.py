@@ -1,0 +1,209 @@
+"""pass@k on held-out tasks: the rollouts of training without gradients.
+
+An episode passes when its return reaches ``success``. Every task has n episodes; invalid ones (the world failed) are left
+out and counted. Intervals are clustered by task (``agentrl.statistics``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from agentrl.chats import Chats
+from agentrl.checkpoint import read_adapter
+from agentrl.config import RolloutConfig
+from agentrl.engine import Sampling
+from agentrl.engines.embedded import EmbeddedEngine
+from agentrl.env import Env
+from agentrl.errors import BadConfig, BadData
+from agentrl.models import context_length, load_model, load_tokenizer, stop_token_ids
+from agentrl.registry import make
+from agentrl.rollout import EpisodePlan, Rollouts
+from agentrl.seeds import derive
+from agentrl.statistics import Estimate, PassReport, TaskCount, paired, pass_at_k, report_pass
+from agentrl.threads import run_sync
+from agentrl.types import Group
+
+__all__ = [
+    "Evaluation",
+    "Measurement",
+    "compare",
+    "evaluate",
+    "evaluation_plans",
+    "run_evaluation",
+    "tasks_available",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How a policy did on P tasks."""
+
+    counts: tuple[TaskCount, ...]  # (P,) in the order of the tasks
+    k: tuple[int, ...]  # what to report pass@k for
+    mean_return: float  # over valid episodes
+
+    @property
+    def reports(self) -> dict[str, PassReport]:
+        """``{"pass@1": ..., "pass@8": ...}``."""
+        return {f"pass@{k}": report_pass(self.counts, k) for k in self.k}
+
+    def to_json(self) -> dict[str, Any]:
+        """Each pass@k with its 95 % interval, and what qualifies it; None above 2 % invalid episodes."""
+        reports = self.reports
+        figures = {name: report.headline and asdict(report.headline) for name, report in reports.items()}
+        first = next(iter(reports.values()))
+        qualifiers = {name: {"best": r.best, "worst": r.worst} for name, r in reports.items() if r.invalid}
+        return {
+            **figures,
+            "return": self.mean_return,
+            "tasks": first.tasks,
+            "samples": self.counts[0].valid + self.counts[0].invalid,
+            "invalid": first.invalid,
+            **({"bounds": qualifiers} if qualifiers else {}),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A policy's sampled evaluation and, beside it, its greedy one."""
+
+    sampled: Evaluation
+    greedy: Evaluation | None = None
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """pass@k by name, and ``greedy``: pass@1 of the likeliest answers."""
+        figures = self.sampled.to_json()
+        return figures if self.greedy is None else figures | {"greedy": self.greedy.to_json()["pass@1"]}
+
+    def write(self, path: Path) -> None:
+        """Keep the counts, for a run that goes on later."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What ``write`` kept."""
+        kept = json.loads(path.read_text())
+        greedy = kept["greedy"]
+        return cls(_evaluation(kept["sampled"]), None if greedy is None else _evaluation(greedy))
+
+
+def _evaluation(kept: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(tuple(TaskCount(**count) for count in kept["counts"]), tuple(kept["k"]), kept["mean_return"])
+
+
+def evaluation_plans(*, split: str, tasks: int, samples: int, seed: int) -> list[EpisodePlan]:
+    """``samples`` episodes of each of the first ``tasks`` tasks of ``split``; the same seed, the same episodes."""
+    return [
+        EpisodePlan(
+            split=split,
+            index=index,
+            sibling=sibling,
+            env_seed=derive(seed, "evaluation", index) % 2**32,
+            seed=derive(seed, "evaluation", index, sibling),
+        )
+        for index in range(tasks)
+        for sibling in range(samples)
+    ]
+
+
+def tasks_available(env: Env, split: str, *, wanted: int) -> int:
+    """``wanted``, or fewer where ``split`` has fewer tasks. Raises BadData for an empty split."""
+    tasks = env.task_list(split)
+    available = len(tasks) if isinstance(tasks, Sequence) else len(tasks.first(wanted))
+    if not available:
+        raise BadData(f"the split {split!r} of {type(env).__name__} has no tasks: nothing can be measured on it")
+    return min(wanted, available)
+
+
+async def run_evaluation(
+    rollouts: Rollouts,
+    plans: Sequence[EpisodePlan],
+    *,
+    sampling: Sampling,
+    k: Sequence[int],
+    success: float = 1.0,
+    on_episode: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run ``plans`` and count what passed."""
+    groups = await rollouts.groups(plans, sampling=sampling, on_episode=on_episode)
+    returns = [trajectory.reward for group in groups for trajectory in group.valid]
+    counts = tuple(_count(group, success) for group in groups)
+    return Evaluation(counts, tuple(k), float(np.mean(returns)) if returns else float("nan"))
+
+
+def _count(group: Group, success: float) -> TaskCount:
+    correct = sum(trajectory.reward >= success for trajectory in group.valid)
+    invalid = len(group.trajectories) - len(group.valid)
+    return TaskCount(task_id=group.task.id, valid=len(group.valid), correct=correct, invalid=invalid)
+
+
+def compare(before: Evaluation, after: Evaluation, k: int = 1) -> Estimate:
+    """The paired gain in pass@k over the tasks that both could measure, with its 95 % interval."""
+    pairs = [
+        (pass_at_k(b.valid, b.correct, k), pass_at_k(a.valid, a.correct, k))
+        for b, a in zip(before.counts, after.counts, strict=True)
+        if min(b.valid, a.valid) >= k
+    ]
+    return paired([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def evaluate(
+    environment: str | Env | type[Env] | Callable[..., Env],
+    *,
+    model: str | Path,
+    adapter: str | Path | None = None,  # a PEFT adapter's folder
+    n: int = 8,
+    k: Iterable[int] = (1,),
+    tasks: int = 100,
+    split: str = "test",
+    seed: int = 0,
+    sampling: Sampling | None = None,  # max_tokens of a turn, temperature, top_p, top_k; its seed is not used
+    context: int = 2048,  # tokens of a whole conversation; at most the model's
+    max_sequences: int = 64,
+    success: float = 1.0,  # the return from which an episode passes
+    args: Mapping[str, Any] | None = None,  # keyword arguments of the environment
+    on_episode: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> Evaluation:
+    """Measure pass@k of ``model`` (a folder or hub id) on ``environment``; blocks until done.
+
+    Works under a running event loop, too. Raises UserError for what can't be loaded or does not fit together.
+    """
+    ks = tuple(k)
+    if not ks or max(ks) > n or min(ks) < 1:
+        raise BadConfig(f"k is {list(ks)}: each must be at least 1 and at most n, {n}; raise -n or lower -k")
+    sampling = sampling or Sampling(max_tokens=512, seed=0)
+    available = tasks_available(make(environment, **dict(args or {})), split, wanted=tasks)
+    plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
+    loaded = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    chats = Chats(load_tokenizer(model), stop_token_ids=stop_token_ids(loaded), on_certificate=on_note)
+    context = min(context, context_length(loaded))
+    limits = RolloutConfig(max_turn_tokens=min(sampling.max_tokens, context), max_episode_tokens=context)
+
+    async def run() -> Evaluation:
+        engine = EmbeddedEngine(loaded, max_sequences=max_sequences)
+        try:
+            if adapter is not None:
+                await engine.load(read_adapter(adapter), 0)
+            rollouts = Rollouts(
+                lambda: make(environment, **dict(args or {})),
+                chat=chats,
+                engine=engine,
+                limits=limits,
+                in_flight=max_sequences,
+            )
+            return await run_evaluation(
+                rollouts, plans, sampling=sampling, k=ks, success=success, on_episode=on_episode
+            )
+        finally:
+            await engine.close()
+
+    return run_sync(run())

@@ -1,0 +1,285 @@
+"""Updates: LoRA through peft, optimizer steps through accelerate, logits only where a token is trained.
+
+:class:`Optimization` is one optimizer over one model, whatever the loss; warm starts and the learner share it.
+:class:`Learner` is the policy being trained: it scores samples, updates the adapter and publishes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from agentrl.attention import Segments
+from agentrl.batches import Batch, make_batches, split_minibatches, unpack
+from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
+from agentrl.engine import Adapter
+from agentrl.errors import AgentRLError, BadConfig
+from agentrl.losses import ClipRange, k3, kl_penalty, policy_loss, token_logprobs
+from agentrl.models import backbone, head
+from agentrl.types import FloatArray, Sample
+
+__all__ = ["Learner", "Optimization", "learning_rate_factor"]
+
+Metrics = dict[str, float]
+Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]  # batch, logprobs (M,) -> loss, sums
+
+
+class _Logprobs(nn.Module):
+    """The forward pass as one module, so that accelerate can wrap it: batch -> logprobs and entropies (M,)."""
+
+    def __init__(self, model: Any, *, rows_per_chunk: int) -> None:
+        super().__init__()
+        self.model = model  # registers the parameters
+        self._rows_per_chunk = rows_per_chunk
+
+    def forward(self, batch: Batch, *, temperature: float) -> tuple[Tensor, Tensor]:
+        hidden = backbone(self.model, batch.token_ids, batch.positions, Segments(batch.lengths))
+        return token_logprobs(
+            hidden,
+            batch.token_ids,
+            batch.trained,
+            head=head(self.model),
+            temperature=temperature,
+            rows_per_chunk=self._rows_per_chunk,
+        )
+
+
+class Optimization:
+    """AdamW over the parameters of a model that require gradients."""
+
+    def __init__(
+        self,
+        model: Any,  # transformers model, adapters injected in place
+        *,
+        optimizer: OptimizerConfig,
+        batch: BatchConfig,
+        steps: int,  # of the whole run: the learning rate decays over them
+        autocast: bool = False,  # compute in bfloat16 over float32 weights
+    ) -> None:
+        device = model.get_input_embeddings().weight.device
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if autocast else "no")
+        if self.accelerator.num_processes > 1:
+            raise BadConfig(
+                f"{self.accelerator.num_processes} processes were launched; one process trains for now: start "
+                "agentrl without accelerate launch"
+            )
+        self.device = self.accelerator.device
+        self._settings, self._batch, self._steps = optimizer, batch, steps
+        if batch.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            weight_decay=optimizer.weight_decay,
+        )
+        forward = _Logprobs(model, rows_per_chunk=batch.logprob_rows)
+        self._forward, self.adamw = self.accelerator.prepare(forward, adamw)
+
+    def batches(self, samples: Sequence[Sample]) -> list[Batch]:
+        """Microbatches on the device."""
+        made = make_batches(samples, tokens_per_microbatch=self._batch.tokens_per_microbatch)
+        return [batch.to(self.device) for batch in made]
+
+    def score(self, samples: Sequence[Sample], *, temperature: float) -> list[FloatArray]:
+        """Logprobs (T,) in nats of each sample's trained tokens, 0 elsewhere, without gradients."""
+        batches = self.batches(samples)
+        self._forward.eval()
+        with torch.no_grad():
+            scored = [self._forward(batch, temperature=temperature)[0] for batch in batches]
+        return unpack(batches, scored)
+
+    def step(
+        self, samples: Sequence[Sample], loss: Loss, *, step: int, temperature: float = 1.0
+    ) -> dict[str, float]:
+        """One optimizer step on ``samples``: gradients are summed over microbatches, clipped, applied.
+
+        Returns the loss's metrics summed over tokens, ``loss/entropy`` (a sum too) and ``optimizer/*``. Raises
+        AgentRLError where the gradient is not finite; the weights are then as before.
+        """
+        self._forward.train()
+        rate = self._settings.learning_rate * learning_rate_factor(self._settings, step, self._steps)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        sums: dict[str, Tensor] = {}
+        for batch in self.batches(samples):
+            logprobs, entropies = self._forward(batch, temperature=temperature)
+            value, metrics = loss(batch, logprobs)
+            self.accelerator.backward(value)
+            for name, total in (*metrics.items(), ("loss/entropy", entropies.sum())):
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + total.detach()
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self._settings.grad_clip))
+        if not math.isfinite(norm):
+            self.adamw.zero_grad()
+            raise AgentRLError(
+                f"the gradient's norm is {norm} at step {step}; lower optimizer.learning_rate or "
+                "optimizer.grad_clip and resume from the last checkpoint"
+            )
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return {
+            **{name: total.item() for name, total in sums.items()},
+            "optimizer/grad_norm": norm,
+            "optimizer/learning_rate": rate,
+        }
+
+
+class Learner:
+    """The policy being trained: a frozen base with a LoRA adapter."""
+
+    def __init__(
+        self,
+        model: Any,  # from agentrl.models.load_model; the adapter is injected in place
+        *,
+        lora: LoraConfig,
+        algorithm: AlgorithmConfig,
+        optimizer: OptimizerConfig,
+        batch: BatchConfig,
+        steps: int,
+    ) -> None:
+        self.policy = adapt(model, lora)
+        self._algorithm = algorithm
+        self._clip = ClipRange(algorithm.clip_low, algorithm.clip_high)
+        self.optimization = Optimization(model, optimizer=optimizer, batch=batch, steps=steps)
+
+    def score_reference(self, samples: Sequence[Sample], *, temperature: float) -> list[Sample]:
+        """The samples with ``reference``: logprobs under the base without its adapter."""
+        with self.policy.disable_adapter():
+            scored = self.optimization.score(samples, temperature=temperature)
+        return [
+            dataclasses.replace(sample, reference=value)
+            for sample, value in zip(samples, scored, strict=True)
+        ]
+
+    def update(
+        self,
+        samples: Sequence[Sample],  # with advantages
+        *,
+        step: int,
+        temperature: float,  # that they were sampled at
+        seed: int,  # of the split into minibatches
+    ) -> Metrics:
+        """One pass over ``samples`` in ``algorithm.minibatches`` optimizer steps; metrics are means over tokens."""
+        if self._algorithm.kl:
+            samples = self.score_reference(samples, temperature=temperature)
+        else:
+            samples = [sample for sample in samples if sample.advantages is not None and sample.advantages.any()]
+        parts = split_minibatches(samples, self._algorithm.minibatches, seed=seed)
+        parts = [part for part in parts if sum(sample.trained_tokens for sample in part)]
+        # Scored before the first step, with the weights that every part's ratio refers to. The first part needs none:
+        # its own forward pass has those weights.
+        parts[1:] = [self._with_old(part, temperature=temperature) for part in parts[1:]]
+        rows: list[Metrics] = []
+        for part in parts:
+            tokens = sum(sample.trained_tokens for sample in part)
+            loss = _PolicyLoss(clip=self._clip, kl=self._algorithm.kl, trained_tokens=tokens)
+            rows.append(self.optimization.step(part, loss, step=step, temperature=temperature))
+            rows[-1]["mismatch/max"] = loss.largest_mismatch
+        return _mean_over_tokens(rows, sum(sample.trained_tokens for sample in samples))
+
+    def _with_old(self, samples: Sequence[Sample], *, temperature: float) -> list[Sample]:
+        scored = self.optimization.score(samples, temperature=temperature)
+        return [dataclasses.replace(s, old=value) for s, value in zip(samples, scored, strict=True)]
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """AdamW's state, for a checkpoint."""
+        return dict(self.optimization.adamw.state_dict())
+
+    def restore(self, adapter: Adapter, optimizer: dict[str, Any]) -> None:
+        """Go on with the weights and the moments of a checkpoint."""
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self.policy, dict(adapter.tensors))
+        self.optimization.adamw.load_state_dict(optimizer)
+
+    def publish(self) -> Adapter:
+        """A copy of the adapter, as PEFT saves it."""
+        from peft import get_peft_model_state_dict
+
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in get_peft_model_state_dict(self.policy).items()
+        }
+        return Adapter(self.policy.peft_config["default"].to_dict(), tensors)
+
+
+class _PolicyLoss:
+    """The loss of one optimizer step, called once for each of its microbatches."""
+
+    def __init__(self, *, clip: ClipRange, kl: float, trained_tokens: int) -> None:
+        self._clip, self._kl, self._trained_tokens = clip, kl, trained_tokens
+        self.largest_mismatch = 0.0  # nats
+
+    def __call__(self, batch: Batch, new: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.advantages is not None
+        old = new.detach() if batch.old is None else batch.old
+        everywhere = torch.ones_like(batch.trained, dtype=torch.bool)
+        loss, metrics = policy_loss(
+            new, old, batch.advantages, everywhere, trained_tokens=self._trained_tokens, clip=self._clip
+        )
+        if batch.reference is not None:
+            penalty, extra = kl_penalty(new, batch.reference, everywhere, trained_tokens=self._trained_tokens)
+            loss, metrics = loss + self._kl * penalty, metrics | extra
+        difference = old - batch.logprobs
+        if len(difference):
+            self.largest_mismatch = max(self.largest_mismatch, difference.abs().max().item())
+        metrics["mismatch/mean"] = difference.abs().sum()
+        metrics["mismatch/kl"] = k3(batch.logprobs, old).sum()
+        return loss, metrics
+
+
+def adapt(model: Any, lora: LoraConfig) -> Any:
+    """``model`` with a fresh LoRA adapter injected in place, wrapped by PEFT."""
+    import peft
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=_norm_names(model) if lora.train_norms else None,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _norm_names(model: Any) -> list[str]:
+    """The last part of the names of a model's normalisation layers."""
+    names = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if "Norm" in type(module).__name__
+    }
+    return sorted(names)
+
+
+def learning_rate_factor(optimizer: OptimizerConfig, step: int, steps: int) -> float:
+    """The share of the peak learning rate at ``step`` (from 0) of ``steps``: warm-up, then decay by step count."""
+    if step < optimizer.warmup_steps:
+        return (step + 1) / (optimizer.warmup_steps + 1)
+    if optimizer.schedule == "constant":
+        return 1.0
+    progress = (step - optimizer.warmup_steps) / max(1, steps - 1 - optimizer.warmup_steps)
+    shape = 1 - progress if optimizer.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return optimizer.final_fraction + (1 - optimizer.final_fraction) * shape
+
+
+def _mean_over_tokens(rows: Sequence[Metrics], trained_tokens: int) -> Metrics:
+    """Sums over tokens become means; optimizer figures are averaged over the steps, the largest mismatch kept."""
+    merged: Metrics = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if name == "mismatch/max":
+            merged[name] = max(values)
+        elif name.startswith("optimizer/"):
+            merged[name] = float(np.mean(values))
+        else:
+            merged[name] = math.fsum(values) / trained_tokens
+    return merged

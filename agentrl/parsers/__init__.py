@@ -1,0 +1,83 @@
+"""Tool-call formats: the text of an assistant turn in, its content and every attempted call out.
+
+A parser never raises on any text and never drops an attempt: a bad call comes back with a status, its raw
+text and a note that the model can read. It runs in linear time. Whether arguments fit a tool's schema is for
+the environment to say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentrl.errors import UnknownName, UnsupportedModel, did_you_mean
+from agentrl.types import CallStatus
+
+__all__ = ["Parsed", "ParsedCall", "Parser", "detect_parser", "get_parser"]
+
+# Hermes announces or renders a call as <tool_call>{"name": ...; other families put tags or a bare name after
+# it.
+_HERMES = re.compile(r"""<tool_call>(?:\\n|[\s{])*\\?["']name""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedCall:
+    """One attempted call, as it stands in the text."""
+
+    name: str  # "" where the attempt does not say
+    arguments: Mapping[str, Any] | None  # None where status is neither ok nor unknown_tool
+    raw: str  # the text from span[0] to span[1]
+    status: CallStatus
+    note: str  # why the status is not ok, for the model to read
+    span: tuple[int, int]  # characters [start, stop) of the text, delimiters included
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What an assistant turn says."""
+
+    content: str  # the text around the calls, as it was said; without the white space next to a call
+    calls: tuple[ParsedCall, ...] = ()  # in the order of the text
+
+
+class Parser(Protocol):
+    """What ``chat`` needs of a tool-call format."""
+
+    def parse(self, text: str, *, tools: Mapping[str, Mapping[str, Any]]) -> Parsed:
+        """Read one assistant turn; ``tools`` are the parameters' JSON schemas by tool name. Never raises."""
+        ...
+
+    def render(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """The text that :meth:`parse` reads as this call."""
+        ...
+
+
+def get_parser(name: str) -> Parser:
+    """The parser called ``name``. Raises UnknownName."""
+    from agentrl.parsers.hermes import HermesParser
+
+    parsers: dict[str, type[Parser]] = {"hermes": HermesParser}
+    if name not in parsers:
+        known = ", ".join(sorted(parsers))
+        raise UnknownName(
+            f"no tool-call parser named {name!r}{did_you_mean(name, parsers)}; there is: {known}. "
+            "Choose the one whose format the model's chat template shows."
+        )
+    return parsers[name]()
+
+
+def detect_parser(chat_template: str) -> str:
+    """The name of the parser for the calls that a chat template writes.
+
+    A template that knows no tools gets "hermes": nothing it says is a call. Raises UnsupportedModel for a
+    template whose calls no parser here reads.
+    """
+    if _HERMES.search(chat_template) or "tools" not in chat_template:
+        return "hermes"
+    raise UnsupportedModel(
+        "the chat template writes tool calls in a format that no parser here reads; "
+        "there is: hermes (<tool_call>{...}</tool_call>). "
+        "Give the tokenizer a chat template of that format, or name the parser where it is one."
+    )

@@ -1,0 +1,171 @@
+"""From a configuration to the base checkpoint of a run: make the tiny model, warm it up, or take what is given.
+
+What is made stands in the run's folder, whole or not at all, and is taken from there when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agentrl.chats import Chats
+from agentrl.checkpoint import write_folder
+from agentrl.config import RunConfig, TinyConfig
+from agentrl.engine import Sampling
+from agentrl.engines.embedded import EmbeddedEngine
+from agentrl.env import Env
+from agentrl.evaluate import run_evaluation
+from agentrl.log import Display, RunLog
+from agentrl.models import load_model, load_tokenizer, stop_token_ids
+from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
+from agentrl.samples import to_samples
+from agentrl.schedule import Schedule
+from agentrl.seeds import derive
+from agentrl.tiny import TinyShape, make_tiny_model
+from agentrl.types import Sample
+from agentrl.warm_start import WarmStart
+
+__all__ = ["make_chats", "make_schedule", "prepare_base"]
+
+
+def make_schedule(config: RunConfig, env: Env, name: str) -> Schedule:
+    """The order of the training split for the purpose called ``name``."""
+    tasks = env.task_list(config.environment.train)
+    return Schedule(len(tasks) if isinstance(tasks, Sequence) else None, seed=config.seed, name=name)
+
+
+def make_chats(config: RunConfig, tokenizer: Any, model: Any, *, on_certificate: Callable[[str], None]) -> Chats:
+    """The chats of a run's environments."""
+    return Chats(
+        tokenizer,
+        parser=config.model.parser,
+        history=config.model.history,
+        stop_token_ids=stop_token_ids(model),
+        on_certificate=on_certificate,
+    )
+
+
+async def prepare_base(
+    config: RunConfig, make_env: Callable[[], Env], *, log: RunLog, display: Display
+) -> str | Path:
+    """The folder or hub id of the base model that the run's adapter is trained on."""
+    base: str | Path = config.model.path or log.folder.root / "base"
+    if config.model.tiny is not None and not Path(base).exists():
+        await _make_tiny(config, config.model.tiny, make_env, Path(base))
+        display.note(f"made a tiny model in {base}")
+    if config.warm_start is None:
+        return base
+    warm = log.folder.root / "warm_start"
+    if not warm.exists():
+        await _warm_up(config, base, warm, make_env, log=log, display=display)
+    return warm
+
+
+async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[], Env], path: Path) -> None:
+    env = make_env()
+    schedule = make_schedule(config, env, "tokenizer")
+    texts = [text for index in schedule.take(0, tiny.texts) for text in await _gold_texts(config, env, index)]
+    shape = TinyShape(
+        hidden_size=tiny.hidden_size,
+        intermediate_size=tiny.intermediate_size,
+        layers=tiny.layers,
+        heads=tiny.heads,
+        kv_heads=tiny.kv_heads,
+        vocab_size=tiny.vocab_size,
+        max_position=config.rollout.max_episode_tokens,
+    )
+    seed = derive(config.seed, "tiny model") % 2**32
+    write_folder(path, lambda folder: make_tiny_model(folder, texts=texts, seed=seed, shape=shape))
+
+
+async def _gold_texts(config: RunConfig, env: Env, index: int) -> list[str]:
+    """Everything that is said in the gold episode of a task."""
+    env.reset(seed=0, options={"split": config.environment.train, "index": index})
+    for message in env.gold(env.task):
+        await env.astep(message)
+    calls = [call for message in env.messages for call in message.tool_calls]
+    return [*(m.content for m in env.messages), *(json.dumps(dict(call.arguments or {})) for call in calls)]
+
+
+async def _warm_up(
+    config: RunConfig,
+    base: str | Path,
+    warm: Path,
+    make_env: Callable[[], Env],
+    *,
+    log: RunLog,
+    display: Display,
+) -> None:
+    """Fine-tune on gold episodes and write the checkpoint ``warm``."""
+    settings = config.warm_start
+    assert settings is not None
+    tokenizer = load_tokenizer(base)
+    given = load_model(base, dtype=config.model.dtype, device=_device())
+    dtype = given.dtype
+    # Full fine-tuning in bfloat16 would round most updates away; an adapter has float32 weights of its own.
+    model = given if settings.lora else given.float()
+    chats = make_chats(config, tokenizer, model, on_certificate=display.note)
+    samples = await _gold_samples(config, make_env, chats)
+    start = WarmStart(model, settings=settings, lora=config.lora, batch=config.batch, seed=config.seed)
+    probe = _make_probe(config, model, make_env, chats)
+    with display.bar("warm start", total=settings.steps) as bar:
+        for step in range(settings.steps):
+            metrics = start.step(step, samples)
+            if settings.probe_every and (step + 1) % settings.probe_every == 0:
+                metrics["probe/pass@1"] = await probe()
+            log.step(step + 1, metrics, phase="warm_start")
+            bar.advance(note=f"nll {metrics['loss/nll']:.3f}")
+            if settings.until is not None and metrics.get("probe/pass@1", -1.0) >= settings.until:
+                break
+    start.save(warm, tokenizer=tokenizer, dtype=dtype)
+    found = f", a probe passes {metrics['probe/pass@1']:.2f}" if "probe/pass@1" in metrics else ""
+    display.note(f"warm start: {step + 1} steps on {len(samples)} gold episodes{found}; saved in {warm}")
+
+
+async def _gold_samples(config: RunConfig, make_env: Callable[[], Env], chats: Chats) -> list[Sample]:
+    assert config.warm_start is not None
+    split = config.environment.train
+    indices = make_schedule(config, make_env(), "warm start").take(0, config.warm_start.episodes)
+    plans = [EpisodePlan(split=split, index=i, sibling=0, env_seed=i, seed=0) for i in indices]
+    episodes = await gold_episodes(make_env, chats, plans, limits=config.rollout)
+    return [sample for episode in episodes for sample in to_samples(episode)]
+
+
+def _make_probe(
+    config: RunConfig, model: Any, make_env: Callable[[], Env], chats: Chats
+) -> Callable[[], Awaitable[float]]:
+    """A function that measures pass@1 of ``model`` as it is, on tasks that nothing else uses."""
+    assert config.warm_start is not None
+    split, count = config.environment.train, config.warm_start.probe_tasks
+    indices = make_schedule(config, make_env(), "probe").take(0, count)
+    plans = [
+        EpisodePlan(split=split, index=i, sibling=0, env_seed=i, seed=derive(config.seed, "probe", i))
+        for i in indices
+    ]
+    sampling = Sampling(max_tokens=config.rollout.max_turn_tokens, seed=0, temperature=1.0)
+
+    async def probe() -> float:
+        # The engine shares the weights that are being trained, so a new one needs no copy and holds no stale keys.
+        engine = EmbeddedEngine(model, max_sequences=config.engine.max_sequences)
+        rollouts = Rollouts(
+            make_env,
+            chat=chats,
+            engine=engine,
+            limits=config.rollout,
+            in_flight=config.engine.max_sequences,
+            deterministic=config.engine.deterministic,
+        )
+        evaluation = await run_evaluation(rollouts, plans, sampling=sampling, k=(1,))
+        await engine.close()
+        report = evaluation.reports["pass@1"]
+        return report.estimate.value if report.estimate else 0.0
+
+    return probe
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,246 @@
+"""Names for environments and rewards: what a name may be, and how it becomes an object.
+
+A name is, in this order: one registered in this process, one of the catalogue, one that an installed package
+declares (entry-point groups ``agentrl.environments`` and ``agentrl.rewards``), ``package.module:Attr`` (the
+working directory is importable) or ``path/to/file.py:Attr``. Targets are imported when first used.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import gymnasium
+
+from agentrl.errors import UnknownName, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from agentrl.env import Env
+    from agentrl.reward import Reward
+
+__all__ = [
+    "Kind",
+    "list_environments",
+    "list_rewards",
+    "make",
+    "make_reward",
+    "register",
+]
+
+Kind = Literal["environment", "reward"]
+
+_CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
+    "environment": {
+        "calculator": "agentrl.environments.calculator:Calculator",
+        "math": "agentrl.environments.math:Math",
+    },
+    "reward": {
+        "boxed": "agentrl.rewards.boxed:Boxed",
+        "exact": "agentrl.rewards.exact:Exact",
+        "format": "agentrl.rewards.format:Format",
+        "length": "agentrl.rewards.length:Length",
+        "numeric": "agentrl.rewards.numeric:Numeric",
+    },
+}
+_GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}
+_registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}}
+
+
+def register(name: str, target: str | Callable[..., Any], kind: Kind = "environment") -> None:
+    """Give ``target`` (a class, a factory or ``"module:Attr"``) a name in this process.
+
+    Raises UserError for a name that means something else already, or that reads like a path.
+    """
+    if kind not in _CATALOGUE:
+        raise UserError(f"can't register {name!r} as {kind!r}: a kind is one of {', '.join(_CATALOGUE)}")
+    if not name or set(name) & set(":/\\"):
+        raise UserError(f"can't register the name {name!r}: a name is not empty and has no ':' or '/'")
+    taken = _registered[kind].get(name, _CATALOGUE[kind].get(name, target))
+    if taken != target:
+        raise UserError(f"the {kind} name {name!r} is taken by {taken!r}: choose another name")
+    _registered[kind][name] = target
+
+
+def list_environments() -> tuple[str, ...]:
+    """Every environment name, sorted."""
+    return _names("environment")
+
+
+def list_rewards() -> tuple[str, ...]:
+    """Every reward name, sorted."""
+    return _names("reward")
+
+
+def make(name: str | type[Env] | Env | Callable[..., Env], **kwargs: Any) -> Env:
+    """An environment: of a name, a class or a factory with ``kwargs``; an instance is handed back as it is.
+
+    Raises UnknownName for a name that leads nowhere, UserError for kwargs that do not fit.
+    """
+    if isinstance(name, gymnasium.Env):
+        made: Any = name
+        if kwargs:
+            raise UserError(
+                f"{name!r} is made already, so {', '.join(kwargs)} would have no effect: pass the class"
+            )
+    else:
+        made = _call(_resolve(name, "environment"), kwargs, what=f"environment {_label(name)}")
+    if not isinstance(made, gymnasium.Env) or not hasattr(made.unwrapped, "tasks"):
+        raise UserError(
+            f"{_label(name)} gives a {type(made).__name__}, no environment of ours: "
+            "derive from agentrl.ToolEnv or agentrl.Env"
+        )
+    return cast("Env", made)
+
+
+def make_reward(name: str | Reward | Callable[..., Any], **kwargs: Any) -> Reward:
+    """A reward: a name or a class is called with ``kwargs``; a function of one Evidence is a reward already.
+
+    A name may lead to a class or to such a function. Raises UnknownName and UserError like :func:`make`.
+    """
+    target = _resolve(name, "reward")
+    if inspect.isclass(target):
+        target = _call(target, kwargs, what=f"reward {_label(name)}")
+    elif kwargs:
+        raise UserError(
+            f"reward {_label(name)} is a plain callable, so {', '.join(kwargs)} would have no effect"
+        )
+    if not callable(target):
+        raise UserError(f"reward {_label(name)} is {target!r}, which can't be called with an Evidence")
+    return cast("Reward", target)
+
+
+def _register_with_gymnasium() -> None:
+    """Make the catalogue known to ``gymnasium.make``, as "agentrl/Calculator-v0" for example; idempotent."""
+    for gymnasium_id, name in _GYMNASIUM_IDS.items():
+        if gymnasium_id not in gymnasium.registry:
+            gymnasium.register(gymnasium_id, entry_point=_CATALOGUE["environment"][name])
+
+
+def _label(name: Any) -> str:
+    return repr(name) if isinstance(name, str) else getattr(name, "__qualname__", repr(name))
+
+
+def _names(kind: Kind) -> tuple[str, ...]:
+    declared = (point.name for point in entry_points(group=f"agentrl.{kind}s"))
+    return tuple(sorted({*_registered[kind], *_CATALOGUE[kind], *declared}))
+
+
+def _resolve(name: Any, kind: Kind) -> Any:
+    """What a name stands for; anything but a string stands for itself."""
+    if not isinstance(name, str):
+        return name
+    target = _registered[kind].get(name) or _CATALOGUE[kind].get(name, name)
+    if not isinstance(target, str):
+        return target
+    if ":" in target:
+        return _load(target, kind)
+    for point in entry_points(group=f"agentrl.{kind}s", name=name):
+        return _load(point.value, kind)
+    raise UnknownName(
+        f"no {kind} named {name!r}{did_you_mean(name, _names(kind)) or _known(_names(kind))}. "
+        "Your own: 'package.module:Name' or 'path/to/file.py:Name'."
+    )
+
+
+def _known(names: tuple[str, ...]) -> str:
+    return f"; there are {', '.join(names)}"
+
+
+def _load(target: str, kind: Kind) -> Any:
+    """Import ``package.module:Attr`` or ``path/to/file.py:Attr``."""
+    place, _, attribute = target.rpartition(":")
+    is_file = place.endswith(".py") or "/" in place
+    module = _load_file(Path(place), kind) if is_file else _load_module(place, kind)
+    try:
+        return functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise UnknownName(
+            f"no {kind} {attribute!r} in {place}{did_you_mean(attribute, public)}: name one that it defines"
+        ) from None
+
+
+def _load_module(place: str, kind: Kind) -> Any:
+    _make_importable(Path.cwd())
+    try:
+        return importlib.import_module(place)
+    except ImportError as error:
+        raise UnknownName(
+            f"can't import the module {place!r} of a {kind}: {type(error).__name__}: {error}. "
+            "It must be installed or lie in the working directory."
+        ) from error
+
+
+def _load_file(path: Path, kind: Kind) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise UnknownName(f"no file {path} to take a {kind} from: check the path before ':'")
+    # One module per file, however often it is named, so that its classes are the same classes.
+    name = f"agentrl_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    _make_importable(path.parent)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UnknownName(f"{path} can't be imported as Python: a {kind} file ends in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        del sys.modules[name]
+        raise UnknownName(f"can't import {path}: {type(error).__name__}: {error}") from error
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _make_importable(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _call(target: Callable[..., Any], kwargs: Mapping[str, Any], *, what: str) -> Any:
+    """Call ``target`` once its keyword arguments are known to fit, so that a TypeError inside stays a bug."""
+    if not callable(target):
+        raise UserError(f"{what} is {target!r}, which can't be called")
+    allowed, required, closed = _parameters(target)
+    unknown = [name for name in kwargs if closed and name not in allowed]
+    if unknown:
+        raise UserError(
+            f"{what} takes no {unknown[0]!r}{did_you_mean(unknown[0], allowed)}; "
+            f"it takes {', '.join(allowed) or 'nothing'}"
+        )
+    missing = [name for name in required if name not in kwargs]
+    if missing:
+        raise UserError(f"{what} needs {', '.join(missing)}; it takes {', '.join(allowed)}")
+    return target(**kwargs)
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(target: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Keyword arguments: (allowed, required, whether no other is); ``**rest`` is followed to the bases."""
+    allowed: dict[str, bool] = {}
+    constructors = [
+        vars(cls)["__init__"] for cls in getattr(target, "__mro__", ()) if "__init__" in vars(cls)
+    ]
+    is_class = inspect.isclass(target)
+    for function in constructors if is_class else [target]:
+        parameters = list(inspect.signature(function).parameters.values())[is_class:]
+        for parameter in parameters:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+                allowed.setdefault(parameter.name, parameter.default is parameter.empty)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return tuple(allowed), tuple(name for name, needed in allowed.items() if needed), True
+    return tuple(allowed), tuple(name for name, needed in allowed.items() if needed), False
+
+
+_register_with_gymnasium()

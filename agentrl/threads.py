@@ -1,0 +1,141 @@
+"""Where synchronous work runs beside the event loop, and where asynchronous work runs without one.
+
+``in_thread`` gives every call a daemon thread at once: the pool has as many threads as calls in flight, so a
+hung call delays no other, and leaving the program does not wait for it. ``run_sync`` runs a coroutine on one
+background loop. Both start afresh in a forked child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+__all__ = ["in_thread", "run_sync", "threads_in_flight"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_IDLE_S = 30.0  # an unused thread ends after this; new ones cost about 0.1 ms
+
+
+async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Await ``function(*args, **kwargs)`` in a daemon thread.
+
+    Cancelling the wait does not stop the function: it runs on, unheard, and frees its thread if it ever ends.
+    """
+    call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
+    return await asyncio.wrap_future(_pool.submit(call))
+
+
+def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of ``coroutine``, run on the background loop while this thread waits.
+
+    Works whether or not the calling thread has a running event loop of its own.
+    """
+    loop = _background_loop()
+    if asyncio._get_running_loop() is loop:
+        coroutine.close()
+        raise RuntimeError(
+            "a tool stepped an environment on the loop that runs the tool: await its astep instead"
+        )
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C in this thread must also end the work in the other
+        future.cancel()
+        raise
+
+
+def threads_in_flight() -> int:
+    """How many calls of ``in_thread`` have not returned, the ones that nobody waits for any more included."""
+    return _pool.busy
+
+
+class _Pool:
+    """Daemon threads, one per call in flight; idle ones are used again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[SimpleQueue[_Job]] = []
+        self.busy = 0
+
+    def submit(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        with self._lock:
+            self.busy += 1
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            inbox = SimpleQueue()
+            threading.Thread(target=self._work, args=(inbox,), name="agentrl-call", daemon=True).start()
+        inbox.put((future, call))
+        return future
+
+    def _work(self, inbox: SimpleQueue[_Job]) -> None:
+        while True:
+            try:
+                future, call = inbox.get(timeout=_IDLE_S)
+            except Empty:
+                with self._lock:
+                    if inbox not in self._idle:  # a call was given to this thread just now
+                        continue
+                    self._idle.remove(inbox)
+                return
+            _run(future, call, done=functools.partial(self._rest, inbox))
+            del future, call  # an idle thread keeps no environment alive
+
+    def _rest(self, inbox: SimpleQueue[_Job]) -> None:
+        with self._lock:
+            self.busy -= 1
+            self._idle.append(inbox)
+
+
+_Job = tuple["Future[Any]", Callable[[], Any]]
+
+
+def _run(future: Future[Any], call: Callable[[], Any], *, done: Callable[[], None]) -> None:
+    """Run ``call``, declare the thread free, then hand over the outcome: the waiter decides about it."""
+    if not future.set_running_or_notify_cancel():  # cancelled before it began
+        return done()
+    try:
+        result = call()
+    except StopIteration as error:  # asyncio can't carry it: the waiter would never wake
+        bug = RuntimeError("a function run in a thread raised StopIteration")
+        bug.__cause__ = error
+        done()
+        future.set_exception(bug)
+    except BaseException as error:
+        done()
+        future.set_exception(error)
+    else:
+        done()
+        future.set_result(result)
+
+
+def _background_loop() -> asyncio.AbstractEventLoop:
+    global _loop
+    with _loop_lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="agentrl-loop", daemon=True).start()
+        return _loop
+
+
+def _forget_threads() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool, _loop, _loop_lock
+    _pool, _loop, _loop_lock = _Pool(), None, threading.Lock()
+
+
+_pool: _Pool
+_loop: asyncio.AbstractEventLoop | None
+_loop_lock: threading.Lock
+_forget_threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

@@ -1,0 +1,283 @@
+"""Tools: a typed Python function becomes a JSON schema, and a call becomes a checked run under a deadline.
+
+    @tool
+    def price(self, item: str, currency: Literal["EUR", "USD"] = "EUR") -> float:
+        '''Look up what an item costs.
+
+        item: as it is named in the catalogue
+        '''
+
+The schema is OpenAI's function format. Arguments are validated before the function sees them (strictly: "3"
+is no integer). Synchronous functions run in daemon threads, asynchronous ones on the event loop; parallel
+calls run at the same time, so a tool that changes its environment is asynchronous or takes a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, NotRequired, TypeVar, overload
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+from typing_extensions import TypedDict
+
+from agentrl.errors import BadArguments, ToolError, UserError, WorldError, did_you_mean
+from agentrl.threads import in_thread
+from agentrl.types import ToolCall
+
+__all__ = ["Tool", "as_text", "as_tool", "is_tool", "tool"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Types are made at run time here, which a type checker only knows written out.
+_annotated: Any = Annotated
+_typed_dict: Any = TypedDict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]  # JSON schema of the arguments, an object without references
+    function: Callable[..., Any]  # sync or async; takes the arguments by keyword
+    deadline_s: float | None = None  # of one call; None: the environment's
+    remote: bool = False  # True: OSError and time-outs are the world's fault, not the model's
+    adapter: TypeAdapter[dict[str, Any]] = field(repr=False, compare=False)  # validates arguments
+
+    def schema(self) -> dict[str, Any]:
+        """What a chat template takes: {"type": "function", "function": {name, description, parameters}}."""
+        described = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": described}
+
+    def bind(self, owner: object) -> Tool:
+        """The same tool as a method of ``owner``."""
+        return replace(self, function=self.function.__get__(owner))
+
+    def parse(self, call: ToolCall) -> dict[str, Any]:
+        """The arguments of ``call`` as the function takes them; those left out are absent.
+
+        Raises BadArguments, with a text for the model to read.
+        """
+        if call.arguments is None:
+            raise BadArguments(call.note or f"the arguments of {self.name} are no JSON object")
+        try:
+            # Through JSON, where an enum is its value and a tuple a list, but a string still is no integer.
+            return self.adapter.validate_json(json.dumps(dict(call.arguments)), strict=True)
+        except ValidationError as error:
+            raise BadArguments(_explain(error, self.name, tuple(self.parameters["properties"]))) from None
+        except (ValueError, RecursionError) as error:
+            raise BadArguments(f"the arguments of {self.name} are no usable JSON: {error}") from None
+
+    async def run(self, arguments: Mapping[str, Any], *, deadline_s: float | None = None) -> Any:
+        """Call the function; ``deadline_s`` holds where the tool has none of its own.
+
+        Raises ToolError at the deadline and whatever the function raises; a remote tool's deadline, OSError
+        and TimeoutError are WorldErrors.
+        """
+        seconds = deadline_s if self.deadline_s is None else self.deadline_s
+        scope = asyncio.timeout(seconds)
+        try:
+            async with scope:
+                return await self._call(arguments)
+        except OSError as error:  # TimeoutError is one
+            if self.remote:
+                raise WorldError(
+                    f"the remote tool {self.name} failed: {type(error).__name__}: {error}"
+                ) from error
+            if scope.expired():
+                raise ToolError(f"{self.name} took longer than {seconds:g} s and was given up") from None
+            raise
+
+    async def _call(self, arguments: Mapping[str, Any]) -> Any:
+        if inspect.iscoroutinefunction(self.function):
+            return await self.function(**arguments)
+        return await in_thread(self.function, **arguments)
+
+
+@overload
+def tool(function: F, /) -> F: ...
+@overload
+def tool(*, deadline_s: float | None = None, remote: bool = False) -> Callable[[F], F]: ...
+def tool(
+    function: Callable[..., Any] | None = None, /, *, deadline_s: float | None = None, remote: bool = False
+) -> Any:
+    """Mark a function or method as a tool; it stays callable as before.
+
+    Type hints and the docstring become the schema; a parameter is described by ``Annotated[int, "text"]`` or
+    by a line ``name: text`` of the docstring. Raises UserError for a parameter without a type hint.
+    """
+    if deadline_s is not None and deadline_s <= 0:
+        raise UserError(f"@tool(deadline_s={deadline_s}): a deadline is above 0 seconds")
+
+    def mark(marked: F) -> F:
+        _check_signature(marked)
+        marked.__agentrl_tool__ = {"deadline_s": deadline_s, "remote": remote}  # type: ignore[attr-defined]
+        return marked
+
+    return mark if function is None else mark(function)
+
+
+def is_tool(candidate: object) -> bool:
+    """Whether ``candidate`` was marked with :func:`tool`."""
+    return hasattr(candidate, "__agentrl_tool__")
+
+
+def as_tool(function: Callable[..., Any]) -> Tool:
+    """The record of a function marked with :func:`tool`; a method not yet bound gets its owner by ``bind``.
+
+    Raises UserError for a function that is not marked, or whose type hints make no JSON schema.
+    """
+    if not is_tool(function):
+        raise UserError(f"{function!r} is no tool: mark it with @agentrl.tool")
+    options: Mapping[str, Any] = function.__agentrl_tool__  # type: ignore[attr-defined]
+    description, documented = _read_docstring(function)
+    adapter = _arguments_adapter(function, documented)
+    return Tool(
+        name=function.__name__,
+        description=description,
+        parameters=_json_schema(adapter, function),
+        function=function,
+        adapter=adapter,
+        **options,
+    )
+
+
+def as_text(result: object, *, most_chars: int) -> str:
+    """What the model reads of a tool's result: texts as they are, lists and mappings as JSON, else ``str``.
+
+    Longer results are cut and say so; lone surrogates, which no tokenizer takes, become "?".
+    """
+    if isinstance(result, list | tuple | dict):
+        result = json.dumps(result, ensure_ascii=False, default=str)
+    text = str(result).encode("utf-8", "replace").decode()
+    if len(text) <= most_chars:
+        return text
+    return f"{text[:most_chars]}\n[cut: {len(text) - most_chars} of {len(text)} characters are not shown]"
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters that the model fills in: all but ``self``."""
+    parameters = dict(inspect.signature(function).parameters)
+    parameters.pop("self", None)
+    return parameters
+
+
+def _check_signature(function: Callable[..., Any]) -> None:
+    for name, parameter in _parameters(function).items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise UserError(
+                f"tool {function.__qualname__}: {parameter} can't be passed by name; use ordinary parameters"
+            )
+        if parameter.annotation is parameter.empty:
+            raise UserError(
+                f"tool {function.__qualname__}: the parameter {name!r} has no type hint, so the model "
+                f"can't be told what to pass; write for example '{name}: str'"
+            )
+
+
+def _read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """(description, text of each parameter that has a line ``name: text`` or ``name (type): text``)."""
+    names = "|".join(map(re.escape, _parameters(function))) or r"(?!)"
+    line_of_parameter = re.compile(rf"(?P<indent>\s*)(?P<name>{names})\s*(\([^)]*\))?:\s+(?P<text>.*)")
+    kept: list[str] = []
+    documented: dict[str, str] = {}
+    current: re.Match[str] | None = None
+    for line in (inspect.getdoc(function) or "").splitlines():
+        found = line_of_parameter.fullmatch(line)
+        indent = len(line) - len(line.lstrip())
+        if found:
+            current = found
+            documented[found["name"]] = found["text"].strip()
+        elif current and line.strip() and indent > len(current["indent"]):
+            documented[current["name"]] += " " + line.strip()
+        else:
+            current = None
+            kept.append(line)
+    text = "\n".join(line for line in kept if line.strip() not in ("Args:", "Arguments:", "Parameters:"))
+    return re.sub(r"\n{3,}", "\n\n", text).strip(), documented
+
+
+def _arguments_adapter(
+    function: Callable[..., Any], documented: Mapping[str, str]
+) -> TypeAdapter[dict[str, Any]]:
+    """A validator of the arguments as one typed dictionary; parameters with a default may be left out."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise UserError(
+            f"tool {function.__qualname__}: {error} in its type hints; import it at the module's top"
+        ) from error
+    fields: dict[str, Any] = {}
+    for name, parameter in _parameters(function).items():
+        text = documented.get(name) or _annotated_text(hints[name])
+        hint = _annotated[hints[name], Field(description=text)] if text else hints[name]
+        fields[name] = hint if parameter.default is parameter.empty else NotRequired[hint]
+    arguments = _typed_dict("arguments", fields)
+    arguments.__pydantic_config__ = ConfigDict(extra="forbid")
+    try:
+        return TypeAdapter(arguments)
+    except PydanticSchemaGenerationError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"tool {function.__qualname__}: {reason} Use types that JSON can carry.") from error
+
+
+def _annotated_text(hint: Any) -> str | None:
+    extras = getattr(hint, "__metadata__", ())
+    return next((extra for extra in extras if isinstance(extra, str)), None)
+
+
+def _json_schema(adapter: TypeAdapter[dict[str, Any]], function: Callable[..., Any]) -> dict[str, Any]:
+    schema = adapter.json_schema()
+    definitions = schema.pop("$defs", {})
+    plain: dict[str, Any] = _plain(schema, definitions, opened=())
+    plain.setdefault("properties", {})
+    for name, parameter in _parameters(function).items():
+        default = parameter.default
+        if default is None or isinstance(default, str | int | float | bool):
+            plain["properties"][name].setdefault("default", default)
+    return plain
+
+
+def _plain(schema: Any, definitions: Mapping[str, Any], *, opened: tuple[str, ...]) -> Any:
+    """``schema`` without titles and with references written out: chat templates read no references."""
+    if isinstance(schema, list):
+        return [_plain(item, definitions, opened=opened) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        if name in opened:
+            raise UserError(
+                f"a tool's parameter of type {name} contains itself; a model can't be shown such a schema"
+            )
+        siblings = {key: value for key, value in schema.items() if key != "$ref"}
+        return {**_plain(definitions[name], definitions, opened=(*opened, name)), **siblings}
+    plain = {}
+    for key, value in schema.items():
+        if key == "properties":  # its keys are names of parameters, one of which may well be "title"
+            plain[key] = {name: _plain(item, definitions, opened=opened) for name, item in value.items()}
+        elif key != "title":
+            plain[key] = _plain(value, definitions, opened=opened)
+    return plain
+
+
+def _explain(error: ValidationError, name: str, known: tuple[str, ...]) -> str:
+    """Every complaint in one line, for the model to read."""
+    complaints = []
+    for detail in error.errors(include_url=False, include_context=False, include_input=False):
+        place = ".".join(map(str, detail["loc"]))
+        if detail["type"] == "extra_forbidden":
+            complaints.append(f"there is no argument {place!r}{did_you_mean(place, known)}")
+        elif detail["type"] == "missing":
+            complaints.append(f"the argument {place!r} is missing")
+        else:
+            complaints.append(f"{place}: {detail['msg']}" if place else detail["msg"])
+    return f"wrong arguments for {name}: " + "; ".join(complaints)

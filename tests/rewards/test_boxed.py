@@ -1,0 +1,120 @@
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import agentrl
+from agentrl.errors import BadConfig, BadData
+from agentrl.reward import Evidence
+from agentrl.types import Message, Score, Task
+
+
+def score(answer: str, truth: Any = "18", **options: Any) -> Score:
+    """Of an answer in a box, or of a whole message with boxes in it."""
+    text = answer if "\\boxed" in answer else rf"so \boxed{{{answer}}}"
+    task = Task(id="t", prompt=(), truth={"answer": truth})
+    result: Score = agentrl.make_reward("boxed", **options)(Evidence(task, (Message("assistant", text),)))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("18", "18"),
+        ("18", 18),
+        ("0.5", 0.5),
+        (r"\frac{36}{2}", "18"),
+        ("1{,}000", "1000"),
+        (r"\$18.00", "18"),
+        (r"18 \text{ dollars}", "18"),
+        (r"\dfrac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+        (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)"),
+        (r"\{2, 1\}", r"\{1, 2\}"),
+        ("x^2 + 2x + 1", "(x+1)^2"),
+        (r"\text{Evelyn}", "Evelyn"),
+        ("18.", "18"),
+        (r"10 \text{ centimeters}", r"10 \text{ cm}"),
+        (r"\boxed{18} which is \boxed{\frac{36}{2}}", "18"),
+        (r"<think>\boxed{17}</think> \boxed{18}", "18"),
+    ],
+)
+def test_mathematically_equal_answers_score_one(answer: str, truth: Any) -> None:
+    assert score(answer, truth) == Score(1.0, {"correct": 1.0, "limit": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        ("17", "18"),
+        (r"17 \text{ or } 18", "18"),
+        (r"\pm 18", "18"),
+        (r"[0, 100]", "18"),
+        ("x > 17", "18"),
+        (r"\boxed{2} no wait \boxed{18}", "18"),
+        ("".join(rf"\boxed{{{n}}}" for n in range(1000)), "18"),
+        (r"<think>\boxed{18}</think>", "18"),
+        (r"\boxed{18", "18"),
+        ("10 m", "10 cm"),
+        (r"10 \text{ m}", r"10 \text{ cm}"),
+        (r"\boxed{}", "18"),
+        ("(" * 300, "18"),
+    ],
+)
+def test_anything_else_scores_zero_and_says_why(answer: str, truth: str) -> None:
+    wrong = score(answer, truth)
+    assert (wrong.value, wrong.parts) == (0.0, {"correct": 0.0, "limit": 0.0})
+    assert wrong.note
+
+
+@pytest.mark.parametrize("hostile", ["10^{10^{10}}", "((9!)!)!"])
+def test_an_answer_built_to_stall_costs_its_budget_and_scores_the_minimum(hostile: str) -> None:
+    score("18")  # the workers are up
+    start = time.monotonic()
+    stalled = score(hostile)
+    assert (stalled.value, stalled.parts) == (0.0, {"correct": 0.0, "limit": 1.0})
+    assert "limit" in stalled.note
+    assert (
+        time.monotonic() - start < 2.0 + 5.0
+    )  # the deadline, and at the most one new worker on a busy machine
+    assert score("18").value == 1.0
+
+
+def test_a_memory_hog_is_stopped_by_the_cap_before_the_deadline() -> None:
+    hog = score(r"10^{10^{10}}", deadline_s=60.0, memory_mib=64)
+    assert (hog.value, hog.parts["limit"]) == (0.0, 1.0)
+
+
+def test_hundreds_of_rewards_in_many_threads_share_two_workers_and_no_verdict_is_lost() -> None:
+    def one(n: int) -> tuple[float, float]:
+        return score("9^{9^{9}}" if n == 7 else str(n), str(n), deadline_s=1.5).value, float(n != 7)
+
+    with ThreadPoolExecutor(64) as threads:
+        verdicts = list(threads.map(one, range(300)))
+    assert all(found == expected for found, expected in verdicts)
+
+
+@pytest.mark.parametrize("truth", ["", ["18"], True, None])
+def test_a_truth_that_can_not_be_read_is_the_datas_fault(truth: Any) -> None:
+    with pytest.raises(BadData, match="'t' has the truth"):
+        score("18", truth)
+
+
+@pytest.mark.parametrize("options", [{"deadline_s": 0}, {"memory_mib": 0}, {"workers": 0}])
+def test_limits_that_make_no_sense_are_refused(options: Any) -> None:
+    with pytest.raises(BadConfig, match="boxed can't use"):
+        agentrl.make_reward("boxed", **options)
+
+
+def test_it_survives_pickling() -> None:
+    reward = pickle.loads(pickle.dumps(agentrl.make_reward("boxed")))
+    task = Task(id="t", prompt=(), truth={"value": "2"})
+    assert (
+        pickle.loads(pickle.dumps(agentrl.make_reward("boxed", key="value")))(
+            Evidence(task, (Message("assistant", r"\boxed{2}"),))
+        ).value
+        == 1.0
+    )
+    with pytest.raises(BadData, match="'value'"):
+        reward(Evidence(task, (Message("assistant", r"\boxed{2}"),)))

@@ -1,0 +1,202 @@
+"""The command line: what is handed on, what is printed, and how faults end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from agentrl.cli import app
+from agentrl.errors import BadData
+
+_UNSOUND = """\
+from agentrl.env import ToolEnv
+from agentrl.types import Message, Task
+
+
+class Unsound(ToolEnv):
+    splits = ("train",)
+
+    def tasks(self, split):
+        return [Task(id="a", prompt=(Message("user", "say yes"),))]
+
+    def gold(self, task):
+        return (Message("assistant", "yes"),)
+
+    def reward(self, evidence):
+        return 0.0
+"""
+
+
+def _agentrl(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+class Recorder:
+    """Stands in for a command's function and remembers what it was called with."""
+
+    def __init__(self, answer: Any = None) -> None:
+        self.answer = answer
+        self.called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = (args, kwargs)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+class FakeEvaluation:
+    """An evaluation's figures."""
+
+    def to_json(self) -> dict[str, Any]:
+        estimate = {"value": 0.5, "low": 0.25, "high": 0.75}
+        return {"pass@1": estimate, "return": 0.5, "tasks": 3, "samples": 2, "invalid": 0.0}
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, answer: Any = None) -> Recorder:
+    recorder = Recorder(answer)
+    monkeypatch.setattr(importlib.import_module(f"agentrl.{name}"), name, recorder)
+    return recorder
+
+
+def test_train_hands_on_its_target_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = _stand_in(monkeypatch, "train")
+    result = _agentrl("train", "quickstart", "steps=3", "--model", "m", "rollout.group_size=2", "--resume")
+    assert result.exit_code == 0
+    settings = ["steps=3", "rollout.group_size=2"]
+    assert train.called == (("quickstart",), {"overrides": settings, "model": "m", "resume": True})
+
+
+def test_eval_prints_its_table_and_writes_its_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    evaluate = _stand_in(monkeypatch, "evaluate", FakeEvaluation())
+    report = tmp_path / "new" / "report.json"
+    command = (
+        "eval",
+        "calculator",
+        "levels=[1]",
+        "--model",
+        "m",
+        "-n",
+        2,
+        "-k",
+        "1,2",
+        "--tasks",
+        3,
+        "--json",
+        report,
+    )
+    result = _agentrl(*map(str, command))
+    assert result.exit_code == 0, result.output
+    assert "0.500  [0.250, 0.750]" in result.output
+    assert json.loads(report.read_text())["tasks"] == 3
+    assert evaluate.called is not None
+    (env,), options = evaluate.called
+    assert (env, options["k"], options["n"], options["args"]) == ("calculator", (1, 2), 2, {"levels": [1]})
+
+
+def test_greedy_is_one_episode_at_temperature_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = _stand_in(monkeypatch, "evaluate", FakeEvaluation())
+    assert _agentrl("eval", "calculator", "--model", "m", "--greedy").exit_code == 0
+    assert evaluate.called is not None
+    assert (evaluate.called[1]["n"], evaluate.called[1]["sampling"].temperature) == (1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--greedy", "-n", "4"), "BadConfig: -n and --temperature have no effect with --greedy"),
+        (("-k", "1,x"), "BadConfig: -k is '1,x'; it must be counts like 1,8"),
+        (("--top-p", "0"), "BadConfig: top_p is 0.0; it must be above 0"),
+        (("levels",), "BadConfig: 'levels' is no setting"),
+    ],
+)
+def test_eval_refuses_what_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    evaluate = _stand_in(monkeypatch, "evaluate", FakeEvaluation())
+    result = _agentrl("eval", "calculator", "--model", "m", *options)
+    assert (result.exit_code, evaluate.called) == (2, None)
+    assert result.stderr.startswith(message)
+
+
+def test_a_user_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(monkeypatch, "train", BadData("tasks.jsonl has no column 'answer'"))
+    result = _agentrl("train", "calculator")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "BadData: tasks.jsonl has no column 'answer'\n"
+
+
+def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(monkeypatch, "train", KeyboardInterrupt())
+    result = _agentrl("train", "calculator")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(monkeypatch, "train", ZeroDivisionError("ours"))
+    assert isinstance(_agentrl("train", "calculator").exception, ZeroDivisionError)
+
+
+def test_an_unknown_target_gets_a_suggestion() -> None:
+    result = _agentrl("train", "calculater")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("UnknownName: nothing called 'calculater'; did you mean 'calculator'?")
+
+
+def test_check_passes_a_sound_environment() -> None:
+    result = _agentrl("check", "calculator", "levels=[1]")
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.output
+
+
+def test_check_names_what_fell_and_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "unsound_environment.py").write_text(_UNSOUND)
+    result = _agentrl("check", "unsound_environment:Unsound")
+    assert result.exit_code == 1, result.output
+    fell = [line for line in result.output.splitlines() if "FELL" in line]
+    assert any("gold scores the maximum" in line for line in fell)
+
+
+def test_list_names_everything_that_can_be_named() -> None:
+    lines = _agentrl("list").output.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["environments", "rewards", "configs"]
+    assert "calculator" in lines[0]
+    assert "numeric" in lines[1]
+    assert "quickstart" in lines[2]
+
+
+def test_show_and_export_ask_for_a_run_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (("show", "nope"), ("export", "nope", "--merge", "out")):
+        result = _agentrl(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("UnknownName: no run 'nope'; there are none in runs/.")
+
+
+def test_export_hands_on_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = _stand_in(monkeypatch, "export")
+    (tmp_path / "config.yaml").write_text("name: mine\n")
+    assert _agentrl("export", tmp_path, "--merge", "out").output == "wrote out\n"
+    assert export.called == ((tmp_path, Path("out")), {})
+
+
+def test_help_takes_less_than_a_second() -> None:
+    command = [sys.executable, "-c", "from agentrl.cli import main; main()", "--help"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "train" in done.stdout
+    # Processor time: the clock on the wall measures what else runs on this machine, too.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1

@@ -1,0 +1,263 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentrl.errors import WorkerLost
+from agentrl.workers import Done, Limit, Probe, WorkerBug, WorkerPool, shared_pool
+
+JOBS = """
+import os, signal, sys, time
+
+kept = []
+
+def work(job):
+    action, value = job
+    if action == "sleep":
+        time.sleep(value)
+    elif action == "spin":
+        return 10 ** 10 ** 10
+    elif action == "allocate":
+        return len(bytearray(value << 20))
+    elif action == "keep":
+        kept.append(bytearray(value << 20))
+    elif action == "fail":
+        return 1 // value
+    elif action == "die":
+        os.kill(os.getpid(), value)
+    elif action == "print":
+        print("noise", flush=True)
+        os.write(1, b"noise")
+        print("noise", file=sys.stderr)
+    elif action == "environment":
+        return dict(os.environ)
+    elif action == "return":
+        return {"set": {1}, "huge": "x" * (17 << 20)}[value]
+    elif action == "break_the_world":
+        open(value, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "probe":
+        return "broken" if os.path.exists(value) else "fine"
+    return os.getpid()
+"""
+DEADLINE_S = 1.0
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "jobs.py").write_text(JOBS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def make_pool(jobs: Path, size: int = 1) -> WorkerPool:
+    probe = Probe(["probe", str(jobs / "broken")], "fine")
+    return WorkerPool("jobs:work", size=size, deadline_s=DEADLINE_S, memory_mib=64, probe=probe)
+
+
+@pytest.fixture
+def pool(jobs: Path) -> Iterator[WorkerPool]:
+    with make_pool(jobs) as made:
+        yield made
+
+
+def pid(pool: WorkerPool) -> int:
+    outcome = pool.call(["pid", None])
+    assert isinstance(outcome, Done)
+    return int(outcome.value)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_worker_serves_request_after_request(pool: WorkerPool) -> None:
+    first = pid(pool)
+    assert first != os.getpid()
+    assert pool.call(["print", None]) == Done(first)  # stray output does not reach the replies
+    assert pool.call(["allocate", 1]) == Done(1 << 20)
+    assert pid(pool) == first
+
+
+@pytest.mark.parametrize(
+    ("job", "kind"),
+    [
+        (["sleep", 60], "deadline"),
+        (["spin", None], "deadline"),  # one bytecode that holds the interpreter: no signal handler ever runs
+        (["allocate", 512], "memory"),
+        (["die", signal.SIGSEGV], "crash"),
+    ],
+)
+def test_a_request_over_a_limit_ends_there_and_its_worker_is_replaced(
+    pool: WorkerPool, job: Any, kind: str
+) -> None:
+    first = pid(pool)
+    assert pool.call(job) == Limit(kind)  # type: ignore[arg-type]
+    assert not is_running(first)
+    assert pid(pool) != first
+
+
+def test_a_hostile_request_leaves_its_neighbours_alone(jobs: Path) -> None:
+    with make_pool(jobs, size=2) as pool, ThreadPoolExecutor(40) as threads:
+        pid(pool)
+        hostile = threads.submit(pool.call, ["spin", None])
+        others = [threads.submit(pool.call, ["allocate", 1]) for _ in range(200)]
+        assert {other.result().value for other in others} == {1 << 20}  # type: ignore[union-attr]
+        assert hostile.result() == Limit("deadline")
+
+
+def test_waiting_for_a_free_worker_does_not_count(pool: WorkerPool) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        outcomes = list(threads.map(pool.call, [["sleep", 0.4 * DEADLINE_S]] * 4))
+    assert len({outcome.value for outcome in outcomes}) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (["fail", 0], "ZeroDivisionError"),
+        (["return", "set"], "not JSON serializable"),
+        (["return", "huge"], "bytes"),
+    ],
+)
+def test_a_bug_of_the_function_reaches_the_caller(pool: WorkerPool, job: Any, said: str) -> None:
+    with pytest.raises(WorkerBug, match=said) as caught:
+        pool.call(job)
+    assert said == "bytes" or "jobs.py" in str(caught.value) or "worker_process" in str(caught.value)
+    assert pid(pool) > 0
+
+
+def test_a_payload_that_json_can_not_carry_costs_no_worker(pool: WorkerPool) -> None:
+    first = pid(pool)
+    with pytest.raises(TypeError):
+        pool.call({1, 2})
+    assert pid(pool) == first
+
+
+def test_a_failure_is_the_worlds_where_the_probe_fails_too(pool: WorkerPool, jobs: Path) -> None:
+    pid(pool)
+    with pytest.raises(WorkerLost, match="probe"):
+        pool.call(["break_the_world", str(jobs / "broken")])
+    with pytest.raises(WorkerLost, match="'fine'"):
+        pid(pool)
+    (jobs / "broken").unlink()
+    assert pid(pool) > 0
+
+
+def test_a_function_that_can_not_be_imported_is_a_bug_with_its_traceback(jobs: Path) -> None:
+    with (
+        WorkerPool("nowhere:work", size=1, deadline_s=1, memory_mib=64, probe=Probe(1, 1)) as pool,
+        pytest.raises(WorkerBug, match="No module named 'nowhere'"),
+    ):
+        pool.call(1)
+
+
+def test_a_worker_that_can_not_start_is_the_worlds_fault(jobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_pool(jobs) as pool:
+        monkeypatch.setattr(sys, "executable", str(jobs / "no-python"))
+        with pytest.raises(WorkerLost, match="no-python"):
+            pool.call(["pid", None])
+
+
+def test_a_worker_that_has_grown_is_replaced_before_the_next_request(pool: WorkerPool) -> None:
+    first = pool.call(["keep", 40])
+    assert isinstance(first, Done)
+    assert pid(pool) != first.value
+
+
+def test_a_worker_sees_nothing_of_the_users_environment(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+    seen = pool.call(["environment", None])
+    assert isinstance(seen, Done)
+    assert "SECRET_TOKEN" not in seen.value
+    assert "HOME" not in seen.value
+
+
+def test_a_closed_pool_has_no_workers_and_takes_no_calls(jobs: Path) -> None:
+    pool = make_pool(jobs)
+    idle = pid(pool)
+    with ThreadPoolExecutor(1) as threads:
+        busy = threads.submit(pool.call, ["sleep", 60])
+        time.sleep(0.1)
+        pool.close()
+        with pytest.raises(WorkerLost, match="closed"):
+            busy.result()
+    assert not is_running(idle)
+    with pytest.raises(WorkerLost, match="closed"):
+        pool.call(["pid", None])
+    pool.close()
+
+
+@pytest.mark.parametrize("limits", [(0, 1.0, 64), (1, 0.0, 64), (1, float("inf"), 64), (1, 1.0, 0)])
+def test_limits_that_make_no_sense_are_refused(limits: tuple[int, float, int]) -> None:
+    size, deadline_s, memory_mib = limits
+    with pytest.raises(ValueError, match="above 0"):
+        WorkerPool("jobs:work", size=size, deadline_s=deadline_s, memory_mib=memory_mib, probe=Probe(1, 1))
+
+
+def run_script(jobs: Path, body: str) -> subprocess.CompletedProcess[str]:
+    script = f"""
+        import os, signal, threading, time
+        from agentrl.workers import Probe, shared_pool
+        pool = lambda: shared_pool(
+            "jobs:work", size=1, deadline_s=1.0, memory_mib=64, probe=Probe(["probe", ""], "fine")
+        )
+        pid = lambda: pool().call(["pid", None]).value
+    """
+    source = textwrap.dedent(script) + textwrap.dedent(body)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(jobs), *sys.path])}
+    command = [sys.executable, "-W", "error", "-c", source]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "",  # leaving the program
+        "os.kill(os.getpid(), signal.SIGKILL)",  # idle when the parent dies
+        # busy when the parent dies, where Python can't look at the pipe
+        "threading.Thread(target=pool().call, args=(['spin', None],), daemon=True).start(); "
+        "time.sleep(0.1); os.kill(os.getpid(), signal.SIGKILL)",
+    ],
+)
+def test_workers_die_with_their_parent(jobs: Path, end: str) -> None:
+    worker = int(run_script(jobs, f"print(pid(), flush=True)\n{end}").stdout)
+    until = time.monotonic() + 10
+    while is_running(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(worker)
+
+
+def test_a_forked_child_has_workers_of_its_own(jobs: Path) -> None:
+    body = """
+        mine = pid()
+        child = os.fork()
+        if child == 0:
+            os._exit(pid() == mine)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), pid() == mine)
+    """
+    finished = run_script(jobs, body)
+    assert (finished.stdout.split(), finished.stderr) == (["0", "True"], "")
+
+
+def test_one_pool_serves_all_that_ask_for_the_same_configuration(jobs: Path) -> None:
+    def shared(size: int) -> WorkerPool:
+        return shared_pool("jobs:work", size=size, deadline_s=1.0, memory_mib=64, probe=Probe(1, 1))
+
+    assert shared(1) is shared(1)
+    assert shared(1) is not shared(2)
