@@ -5,7 +5,8 @@
     agentrl.evaluate(env, model=..., n=16)  # pass@k with confidence intervals
     agentrl.train("configs/quickstart.yaml")
 
-Importing this package loads no torch, transformers or vllm: the names that need them are imported when first used.
+Importing this package loads no torch, transformers or vllm: the names that need them are imported when first
+used.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Attention over packed tokens, without padding, for any transformers model that uses the AttentionInterface.
 
-A model whose attention implementation is ``PACKED`` sees one row of N tokens that belong to several sequences, and is
-called with ``plan=``: the plan knows which token belongs to which sequence. :class:`Segments` is the learner's (whole
-sequences, with gradients); the embedded engine brings its own, which reads and writes a KV cache.
+A model whose attention implementation is ``PACKED`` sees one row of N tokens that belong to several
+sequences, and is called with ``plan=``: the plan knows which token belongs to which sequence.
+:class:`Segments` is the learner's (whole sequences, with gradients); the embedded engine brings its own,
+which reads and writes a KV cache.
 
-Covered: causal full and sliding-window attention, grouped-query attention. Not covered: attention sinks, soft-capped
-attention scores, cross attention, and recurrent layers; ``check_forward`` in ``agentrl.models`` finds those at start-up.
+Covered: causal full and sliding-window attention, grouped-query attention. Not covered: attention sinks,
+soft-capped attention scores, cross attention, and recurrent layers; ``check_forward`` in ``agentrl.models``
+finds those at start-up.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Segments:
     """Whole sequences, one behind the other: each token attends to its own sequence up to itself."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        # Neighbours of equal length go through one kernel call: batches sort samples by length, so there are many.
+        # Neighbours of equal length share a kernel call: batches sort samples by length, so there are many.
         self._runs = [(length, len(list(run))) for length, run in groupby(lengths)]
 
     def attend(
@@ -100,9 +102,10 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if softcap is not None or s_aux is not None:
         name = type(module).__name__
+        feature = "soft-capped scores" if s_aux is None else "attention sinks"
         raise UnsupportedModel(
-            f"{name} uses {'soft-capped scores' if s_aux is None else 'attention sinks'}, which the embedded engine and "
-            "the learner do not implement; use a model without them (Qwen3, Llama 3, Gemma 3, ...)"
+            f"{name} uses {feature}, which the embedded engine and the learner do not implement; use a model "
+            "without them (Qwen3, Llama 3, Gemma 3, ...)"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = plan.attend(

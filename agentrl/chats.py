@@ -1,6 +1,7 @@
 """One chat for each set of tools, certified before its first use.
 
-Episodes of an environment share a :class:`agentrl.chat.Chat`; environments that differ in their tools get one each.
+Episodes of an environment share a :class:`agentrl.chat.Chat`; environments that differ in their tools get one
+each.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ class Chats:
         stop_token_ids: tuple[int, ...] = (),  # the model's own, beside the end of a turn
         on_certificate: Callable[[str], None] = lambda summary: None,
     ) -> None:
-        """Raises UnsupportedModel for a tokenizer without a chat template, UnknownName for an unknown parser."""
+        """Raises UnsupportedModel for a tokenizer without a chat template, UnknownName for an unknown
+        parser."""
         self.parser = parser or detect_parser(template_of(tokenizer))
         self._tokenizer, self._history, self._stops = tokenizer, history, stop_token_ids
         self._on_certificate = on_certificate
         self._made: dict[str, Chat] = {}
 
     def __call__(self, env: Env) -> Chat:
-        """The chat for ``env``'s tools. Raises UnsupportedModel where the template can't carry its conversations."""
+        """The chat for ``env``'s tools. Raises UnsupportedModel where the template can't carry its
+        conversations."""
         schemas = [tool.schema() for tool in env.tools]
         key = json.dumps(schemas)
         if key not in self._made:

@@ -1,11 +1,12 @@
 """Save and resume: a checkpoint is a folder that is there whole or not at all.
 
-    checkpoints/step_000010/  adapter_config.json, adapter_model.safetensors   an ordinary PEFT adapter
-                              optimizer.pt                                     AdamW's moments
-                              state.json                                       step, adapter version, config digest
+    checkpoints/step_000010/  adapter_config.json, adapter_model.safetensors: an ordinary PEFT adapter
+                              optimizer.pt   AdamW's moments
+                              state.json     step, adapter version, config digest
 
-Everything random is derived from the seed and the step, so the step is all that a data position needs. Folders are
-written aside, flushed and renamed; a folder without ``state.json``, which is written last, is not a checkpoint.
+Everything random is derived from the seed and the step, so the step is all that a data position needs.
+Folders are written aside, flushed and renamed; a folder without ``state.json``, which is written last, is not
+a checkpoint.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class Checkpoints:
         state = State(**json.loads((path / "state.json").read_text()))
         if state.digest != digest:
             raise BadConfig(
-                f"{path} was written under another configuration ({state.digest}, now {digest}); a run resumes with the "
-                "config.yaml in its folder: repeat the command as it was, or start a new run with name=..."
+                f"{path} was written under another configuration ({state.digest}, now {digest}); a run "
+                "resumes with the config.yaml in its folder: repeat the command as it was, or start a new "
+                "run with name=..."
             )
         optimizer = torch.load(path / "optimizer.pt", weights_only=True)
         return state, read_adapter(path), optimizer
@@ -79,7 +81,9 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     from safetensors.torch import save_file
 
     save_file(dict(adapter.tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in adapter.config.items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in adapter.config.items()
+    }
     text = json.dumps({**config, "inference_mode": True}, indent=2, sort_keys=True, default=str)
     (folder / "adapter_config.json").write_text(text)
 
@@ -92,7 +96,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     folder = Path(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         raise BadData(
-            f"{folder} holds no PEFT adapter; it should have adapter_config.json and adapter_model.safetensors"
+            f"{folder} holds no PEFT adapter; it should have adapter_config.json and "
+            "adapter_model.safetensors"
         )
     config = PeftConfig.from_pretrained(str(folder)).to_dict()
     return Adapter(config, load_file(folder / "adapter_model.safetensors"))

@@ -1,4 +1,4 @@
-"""The seam to inference: token ids in, token ids and logprobs out. Implementations are in ``agentrl.engines``."""
+"""The seam to inference: token ids in, ids and logprobs out. Implementations are in ``agentrl.engines``."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ class Engine(Protocol):
     async def generate(self, prompt_ids: IntArray, sampling: Sampling) -> Completion:
         """Sample one completion of ``prompt_ids`` (prompt tokens,).
 
-        Raises EngineError (the world's fault) when the engine is gone, UserError when the prompt can't be served.
+        Raises EngineError (the world's fault) when the engine is gone, UserError when the prompt can't be
+        served.
         """
         ...
 
     async def score(self, token_ids: IntArray, temperature: float) -> FloatArray:
-        """Logprobs (T,) in nats of each token given those before it, after ``temperature``; the first is 0."""
+        """Logprobs (T,) in nats of each token given those before it, after ``temperature``; the first: 0."""
         ...
 
     async def load(self, adapter: Adapter | None, version: int) -> None:

@@ -1,7 +1,7 @@
 """pass@k on held-out tasks: the rollouts of training without gradients.
 
-An episode passes when its return reaches ``success``. Every task has n episodes; invalid ones (the world failed) are left
-out and counted. Intervals are clustered by task (``agentrl.statistics``).
+An episode passes when its return reaches ``success``. Every task has n episodes; invalid ones (the world
+failed) are left out and counted. Intervals are clustered by task (``agentrl.statistics``).
 """
 
 from __future__ import annotations
@@ -96,11 +96,14 @@ class Measurement:
 
 
 def _evaluation(kept: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(tuple(TaskCount(**count) for count in kept["counts"]), tuple(kept["k"]), kept["mean_return"])
+    return Evaluation(
+        tuple(TaskCount(**count) for count in kept["counts"]), tuple(kept["k"]), kept["mean_return"]
+    )
 
 
 def evaluation_plans(*, split: str, tasks: int, samples: int, seed: int) -> list[EpisodePlan]:
-    """``samples`` episodes of each of the first ``tasks`` tasks of ``split``; the same seed, the same episodes."""
+    """``samples`` episodes of each of the first ``tasks`` tasks of ``split``; the same seed, the same
+    episodes."""
     return [
         EpisodePlan(
             split=split,
@@ -119,7 +122,9 @@ def tasks_available(env: Env, split: str, *, wanted: int) -> int:
     tasks = env.task_list(split)
     available = len(tasks) if isinstance(tasks, Sequence) else len(tasks.first(wanted))
     if not available:
-        raise BadData(f"the split {split!r} of {type(env).__name__} has no tasks: nothing can be measured on it")
+        raise BadData(
+            f"the split {split!r} of {type(env).__name__} has no tasks: nothing can be measured on it"
+        )
     return min(wanted, available)
 
 

@@ -26,7 +26,9 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
     config = load_config(folder.config)
     newest = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep).latest()
     if newest is None:
-        raise BadData(f"{folder.root} has no checkpoint yet; let the run reach step {config.checkpoint.every}")
+        raise BadData(
+            f"{folder.root} has no checkpoint yet; let the run reach step {config.checkpoint.every}"
+        )
     made = (folder.root / "warm_start", folder.root / "base")
     base = next((path for path in made if path.exists()), config.model.path)
     assert base is not None

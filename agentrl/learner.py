@@ -1,7 +1,7 @@
 """Updates: LoRA through peft, optimizer steps through accelerate, logits only where a token is trained.
 
-:class:`Optimization` is one optimizer over one model, whatever the loss; warm starts and the learner share it.
-:class:`Learner` is the policy being trained: it scores samples, updates the adapter and publishes it.
+:class:`Optimization` is one optimizer over one model, whatever the loss; warm starts and the learner share
+it. :class:`Learner` is the policy being trained: it scores samples, updates the adapter and publishes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]  # batch, log
 
 
 class _Logprobs(nn.Module):
-    """The forward pass as one module, so that accelerate can wrap it: batch -> logprobs and entropies (M,)."""
+    """The forward pass as one module, so that accelerate can wrap it: batch -> logprobs and entropies
+    (M,)."""
 
     def __init__(self, model: Any, *, rows_per_chunk: int) -> None:
         super().__init__()
@@ -61,14 +62,12 @@ class Optimization:
         optimizer: OptimizerConfig,
         batch: BatchConfig,
         steps: int,  # of the whole run: the learning rate decays over them
-        autocast: bool = False,  # compute in bfloat16 over float32 weights
     ) -> None:
-        device = model.get_input_embeddings().weight.device
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if autocast else "no")
+        self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         if self.accelerator.num_processes > 1:
             raise BadConfig(
-                f"{self.accelerator.num_processes} processes were launched; one process trains for now: start "
-                "agentrl without accelerate launch"
+                f"{self.accelerator.num_processes} processes were launched; one process trains for now: "
+                "start agentrl without accelerate launch"
             )
         self.device = self.accelerator.device
         self._settings, self._batch, self._steps = optimizer, batch, steps
@@ -102,8 +101,8 @@ class Optimization:
     ) -> dict[str, float]:
         """One optimizer step on ``samples``: gradients are summed over microbatches, clipped, applied.
 
-        Returns the loss's metrics summed over tokens, ``loss/entropy`` (a sum too) and ``optimizer/*``. Raises
-        AgentRLError where the gradient is not finite; the weights are then as before.
+        Returns the loss's metrics summed over tokens, ``loss/entropy`` (a sum too) and ``optimizer/*``.
+        Raises AgentRLError where the gradient is not finite; the weights are then as before.
         """
         self._forward.train()
         rate = self._settings.learning_rate * learning_rate_factor(self._settings, step, self._steps)
@@ -167,15 +166,18 @@ class Learner:
         temperature: float,  # that they were sampled at
         seed: int,  # of the split into minibatches
     ) -> Metrics:
-        """One pass over ``samples`` in ``algorithm.minibatches`` optimizer steps; metrics are means over tokens."""
+        """One pass over ``samples`` in ``algorithm.minibatches`` optimizer steps; metrics are means over
+        tokens."""
         if self._algorithm.kl:
             samples = self.score_reference(samples, temperature=temperature)
         else:
-            samples = [sample for sample in samples if sample.advantages is not None and sample.advantages.any()]
+            samples = [
+                sample for sample in samples if sample.advantages is not None and sample.advantages.any()
+            ]
         parts = split_minibatches(samples, self._algorithm.minibatches, seed=seed)
         parts = [part for part in parts if sum(sample.trained_tokens for sample in part)]
-        # Scored before the first step, with the weights that every part's ratio refers to. The first part needs none:
-        # its own forward pass has those weights.
+        # Scored before the first step, with the weights that every part's ratio refers to. The first part
+        # needs none: its own forward pass has those weights.
         parts[1:] = [self._with_old(part, temperature=temperature) for part in parts[1:]]
         rows: list[Metrics] = []
         for part in parts:
@@ -261,7 +263,8 @@ def _norm_names(model: Any) -> list[str]:
 
 
 def learning_rate_factor(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """The share of the peak learning rate at ``step`` (from 0) of ``steps``: warm-up, then decay by step count."""
+    """The share of the peak learning rate at ``step`` (from 0) of ``steps``: warm-up, then decay by step
+    count."""
     if step < optimizer.warmup_steps:
         return (step + 1) / (optimizer.warmup_steps + 1)
     if optimizer.schedule == "constant":
@@ -272,7 +275,8 @@ def learning_rate_factor(optimizer: OptimizerConfig, step: int, steps: int) -> f
 
 
 def _mean_over_tokens(rows: Sequence[Metrics], trained_tokens: int) -> Metrics:
-    """Sums over tokens become means; optimizer figures are averaged over the steps, the largest mismatch kept."""
+    """Sums over tokens become means; optimizer figures are averaged over the steps, the largest mismatch
+    kept."""
     merged: Metrics = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

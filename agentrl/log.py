@@ -5,6 +5,8 @@
                 trajectories/      step_000012.jsonl, one transcript a line
                 summary.json       written when the run ends, at once or not at all
                 curve.png          the learning curve
+                base/, warm_start/ the model that was made for the run, before and after the warm start
+                before.json        the evaluation of that model
                 checkpoints/       see agentrl.checkpoint
                 tensorboard/       events; other trackers keep theirs where they want
 
@@ -76,6 +78,18 @@ class RunFolder:
     @property
     def trajectories(self) -> Path:
         return self.root / "trajectories"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "base"
+
+    @property
+    def warm_start(self) -> Path:
+        return self.root / "warm_start"
+
+    @property
+    def before(self) -> Path:
+        return self.root / "before.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -176,7 +190,7 @@ class RunLog:
     def __enter__(self) -> Self:
         """Raises BadConfig where the folder holds another run."""
         if self._resume_after is None:
-            _refuse_another_run(self.folder)
+            _begin_anew(self.folder)
         self.folder.trajectories.mkdir(parents=True, exist_ok=True)
         if self._resume_after is not None:
             truncate_after(self.folder, self._resume_after)
@@ -287,16 +301,19 @@ def _make_trackers(names: Sequence[str], folder: RunFolder) -> list[GeneralTrack
     return made
 
 
-def _refuse_another_run(folder: RunFolder) -> None:
-    """Begin in an empty folder, or in that of a run that was stopped before its first checkpoint and step."""
+def _begin_anew(folder: RunFolder) -> None:
+    """Clear what a run left that was stopped before its first step; refuse the folder of any other run."""
     root = folder.root
     begun = any(row["phase"] == "train" for row in read_rows(folder)) or any(folder.checkpoints.glob("*"))
     if begun or folder.summary.exists():
         way = f"continue it with --resume, choose another name (name={root.name}-2), or delete it"
         raise BadConfig(f"{root} holds a run: {way}")
-    folder.metrics.unlink(missing_ok=True)
-    if folder.trajectories.is_dir():
-        shutil.rmtree(folder.trajectories)
+    # By name: the folder may hold files of the user's. But a base of another seed must not be taken for ours.
+    for leftover in (folder.trajectories, folder.base, folder.warm_start):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+    for leftover in (folder.metrics, folder.before):
+        leftover.unlink(missing_ok=True)
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -17,7 +17,8 @@ def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards, lengths, calls and faults of a step's episodes; means are over the valid ones.
 
     ``reward/*`` (the environment's units), ``group/informative`` (fraction of groups whose rewards differ),
-    ``episode/*`` (turns, tokens, fractions), ``call/*`` (fractions of attempted calls), ``fault/*`` (episodes).
+    ``episode/*`` (turns, tokens, fractions), ``call/*`` (fractions of attempted calls), ``fault/*``
+    (episodes).
     """
     episodes = [trajectory for group in groups for trajectory in group.trajectories]
     valid = [trajectory for trajectory in episodes if trajectory.valid]

@@ -1,6 +1,7 @@
 """Load a causal language model and take it apart: backbone, head, and an alias that shares its weights.
 
-The learner and the embedded engine both run ``backbone`` on packed tokens and ``head`` on the rows that need logits.
+The learner and the embedded engine both run ``backbone`` on packed tokens and ``head`` on the rows that need
+logits.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: torch.device | 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
-            f"no model could be loaded from {str(path)!r}: {error}\nGive a folder with config.json and safetensors, or a "
-            "hub id."
+            f"no model could be loaded from {str(path)!r}: {error}\nGive a folder with config.json and "
+            "safetensors, or a hub id."
         ) from error
     model = model.to(device).eval().requires_grad_(False)
     check_forward(model)
@@ -94,8 +95,8 @@ def alias(model: Any) -> Any:
 def check_forward(model: Any) -> None:
     """Switch ``model`` to packed attention and prove on a few tokens that its logprobs stay what they were.
 
-    Raises UnsupportedModel for architectures whose forward pass is more than causal attention (recurrent layers,
-    attention sinks, scaled logits).
+    Raises UnsupportedModel for architectures whose forward pass is more than causal attention (recurrent
+    layers, attention sinks, scaled logits).
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
@@ -111,8 +112,9 @@ def check_forward(model: Any) -> None:
     allowed = 1e-3 if expected.dtype == torch.float32 else 0.1
     if not difference < allowed:
         raise UnsupportedModel(
-            f"{type(model).__name__}: packed logprobs differ from the model's own by {difference:.3g} nats on average "
-            f"(allowed: {allowed}); its forward pass is more than causal attention and can't be packed here"
+            f"{type(model).__name__}: packed logprobs differ from the model's own by {difference:.3g} nats "
+            f"on average (allowed: {allowed}); its forward pass is more than causal attention and can't be "
+            "packed: use another architecture"
         )
 
 

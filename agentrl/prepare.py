@@ -1,4 +1,5 @@
-"""From a configuration to the base checkpoint of a run: make the tiny model, warm it up, or take what is given.
+"""From a configuration to the base checkpoint of a run: make the tiny model, warm it up, or take what is
+given.
 
 What is made stands in the run's folder, whole or not at all, and is taken from there when the run is resumed.
 """
@@ -38,7 +39,9 @@ def make_schedule(config: RunConfig, env: Env, name: str) -> Schedule:
     return Schedule(len(tasks) if isinstance(tasks, Sequence) else None, seed=config.seed, name=name)
 
 
-def make_chats(config: RunConfig, tokenizer: Any, model: Any, *, on_certificate: Callable[[str], None]) -> Chats:
+def make_chats(
+    config: RunConfig, tokenizer: Any, model: Any, *, on_certificate: Callable[[str], None]
+) -> Chats:
     """The chats of a run's environments."""
     return Chats(
         tokenizer,
@@ -149,7 +152,8 @@ def _make_probe(
     sampling = Sampling(max_tokens=config.rollout.max_turn_tokens, seed=0, temperature=1.0)
 
     async def probe() -> float:
-        # The engine shares the weights that are being trained, so a new one needs no copy and holds no stale keys.
+        # The engine shares the weights that are being trained, so a new one needs no copy and holds no stale
+        # keys.
         engine = EmbeddedEngine(model, max_sequences=config.engine.max_sequences)
         rollouts = Rollouts(
             make_env,

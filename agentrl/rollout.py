@@ -1,11 +1,13 @@
-"""Episodes: an environment, a chat and an engine take turns until the environment, a budget or the world ends it.
+"""Episodes: an environment, a chat and an engine take turns until the environment, a budget or the world ends
+it.
 
-Every episode is its own asyncio task: no turn waits for another episode's tool. What is sampled depends on the seeds in
-the plan alone; with ``deterministic`` also the shapes of the engine's batches do, because a round of generation begins
-only when every episode in flight waits for one, and requests are handed over in the plan's order.
+Every episode is its own asyncio task: no turn waits for another episode's tool. What is sampled depends on
+the seeds in the plan alone; with ``deterministic`` also the shapes of the engine's batches do, because a
+round of generation begins only when every episode in flight waits for one, and requests are handed over in
+the plan's order.
 
-A failure of the world (WorldError, a deadline) costs the environment: the episode starts anew in a fresh one, and after
-``retries`` it is returned as invalid. Anything else that is raised is a bug and is not caught here.
+A failure of the world (WorldError, a deadline) costs the environment: the episode starts anew in a fresh one,
+and after ``retries`` it is returned as invalid. Anything else that is raised is a bug and is not caught here.
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ class Rollouts:
         sampling: Sampling,
         on_episode: Callable[[], None] = lambda: None,
     ) -> list[Group]:
-        """Run ``plans``; siblings of a task, which stand next to each other, become a group, in the plans' order.
+        """Run ``plans``; siblings of a task, which stand next to each other, become a group, in the plans'
+        order.
 
         Of ``sampling``, max_tokens and seed are set for each turn, and the chat's stop tokens are added.
         ``on_episode`` is called after each episode.
@@ -168,7 +171,8 @@ class _Episode:
         self._seconds = {"engine": 0.0, "env": 0.0}
 
     async def run(self, plan: EpisodePlan) -> tuple[Task, Trajectory]:
-        """From reset to the end. Raises WorldError; UserError for a task whose opening does not fit the context."""
+        """From reset to the end. Raises WorldError; UserError for a task whose opening does not fit the
+        context."""
         messages, _ = self._env.reset(seed=plan.env_seed, options={"split": plan.split, "index": plan.index})
         prompt_ids = self._chat.open(messages)
         self._check_opening(len(prompt_ids))
@@ -194,8 +198,9 @@ class _Episode:
     def _check_opening(self, tokens: int) -> None:
         if tokens >= self._limits.max_episode_tokens:
             raise UserError(
-                f"the opening of task {self._env.task.id!r} has {tokens} tokens, and rollout.max_episode_tokens is "
-                f"{self._limits.max_episode_tokens}: nothing could be said; raise it or shorten the prompt"
+                f"the opening of task {self._env.task.id!r} has {tokens} tokens, and "
+                f"rollout.max_episode_tokens is {self._limits.max_episode_tokens}: nothing could be said; "
+                "raise it or shorten the prompt"
             )
 
     async def _act(self, completion: Completion) -> Step:
@@ -214,7 +219,8 @@ class _Episode:
         )
 
     async def _timed(self, stage: str, work: Awaitable[T]) -> T:
-        """``work``, its seconds noted; an environment that outlasts its deadline is a failure of the world."""
+        """``work``, its seconds noted; an environment that outlasts its deadline is a failure of the
+        world."""
         began = time.perf_counter()
         try:
             if stage == "engine":
@@ -295,8 +301,8 @@ async def gold_episodes(
         env.close()
         if not trajectory.reward > 0:
             raise AgentRLError(
-                f"the gold episode of task {trajectory.task_id!r} ended with {trajectory.stop_reason!r} and a reward of "
-                f"{trajectory.reward:g}; a right episode is rewarded: run agentrl check on the environment"
+                f"the gold episode of task {trajectory.task_id!r} ended with {trajectory.stop_reason!r} and "
+                f"a reward of {trajectory.reward:g}; a right episode is rewarded: run agentrl check"
             )
         episodes.append(trajectory)
     return episodes

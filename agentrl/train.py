@@ -1,8 +1,8 @@
 """The loop: rollouts, advantages, update, publish; once for on-policy and for asynchronous training.
 
-Rollouts may run ahead of the update by ``algorithm.max_staleness`` versions; 0 is strictly on-policy. Held-out tasks are
-measured before, every ``evaluation.every`` steps and after. Ctrl-C and SIGTERM let the step finish, save, and say how to
-resume; a second Ctrl-C stops at once.
+Rollouts may run ahead of the update by ``algorithm.max_staleness`` versions; 0 is strictly on-policy.
+Held-out tasks are measured before, every ``evaluation.every`` steps and after. Ctrl-C and SIGTERM let the
+step finish, save, and say how to resume; a second Ctrl-C stops at once.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def train(
 ) -> Summary:
     """Run a configuration to its end and return its summary; blocks, also under a running event loop.
 
-    ``source`` is a YAML file, a packaged configuration's name, an environment's name or a mapping; ``overrides`` are
-    ``key=value``; ``model`` replaces the configured one. The summary is what ``summary.json`` holds: before, after and
-    gain with 95 % intervals; ``{"stopped_at": step}`` where a signal ended the run early. Raises UserError.
+    ``source`` is a YAML file, a packaged configuration's name, an environment's name or a mapping;
+    ``overrides`` are ``key=value``; ``model`` replaces the configured one. The summary is what
+    ``summary.json`` holds: before, after and gain with 95 % intervals; ``{"stopped_at": step}`` where a
+    signal ended the run early. Raises UserError.
     """
     config = source if isinstance(source, RunConfig) else load_config(source, overrides, model=model)
     with _StopSignal() as stop:
@@ -209,8 +210,8 @@ class _Run:
             path = self._save()
             if self._stop.requested:
                 self._display.note(
-                    f"stopped after step {self._done} of {config.steps}, saved in {path}; go on with: the same command "
-                    "and --resume"
+                    f"stopped after step {self._done} of {config.steps}, saved in {path}; "
+                    "go on with the same command and --resume"
                 )
         return not self._stop.requested
 

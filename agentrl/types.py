@@ -1,7 +1,7 @@
 """The records that travel between the stages: frozen, checked once, without behaviour of their own.
 
-Shapes: P tasks, G siblings of a group, K turns, C completion tokens, T sample tokens. Token ids are int32, logprobs
-float32 in nats. Index t of every per-token field speaks of ``token_ids[t]`` given ``token_ids[:t]``.
+Shapes: P tasks, G siblings of a group, K turns, C completion tokens, T sample tokens. Token ids are int32,
+logprobs float32 in nats. Index t of every per-token field speaks of ``token_ids[t]`` given ``token_ids[:t]``.
 Arrays inside a record are read-only; a changed record is a new record (``dataclasses.replace``).
 """
 
@@ -90,9 +90,7 @@ class Task:
     id: str  # unique in its environment, the same in every process
     prompt: tuple[Message, ...]  # the opening messages
     truth: Mapping[str, Any] = field(default_factory=dict)  # what the reward compares with
-    meta: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # difficulty, source: for tables, never for the policy
+    meta: Mapping[str, Any] = field(default_factory=dict)  # difficulty, source: never for the policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +128,7 @@ class Completion:
 class Turn:
     """One request to the engine. Only what is new is stored, so long episodes stay linear."""
 
-    new_ids: (
-        IntArray  # added to the prompt since the last turn's completion; the whole prompt if not `extends`
-    )
+    new_ids: IntArray  # what the prompt gained since the last completion; all of it if not `extends`
     completion: Completion
     reward: float = 0.0  # the environment's, for this action
     extends: bool = True  # False: the history was rewritten and the prompt begins anew
@@ -188,7 +184,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Sample:
-    """One contiguous token sequence to train on; an episode is one sample unless its history was rewritten."""
+    """A contiguous token sequence to train on; an episode is one sample unless its history was rewritten."""
 
     task_id: str
     sibling: int

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning on gold episodes, so that a model can follow the protocol before rewards teach it the task.
+"""Supervised fine-tuning on gold episodes, so that a model can follow the protocol before rewards teach it
+the task.
 
-The same samples and masks as in training: only what the assistant says carries loss. All weights are trained (or LoRA,
-then merged), and what comes out is an ordinary checkpoint: the base and the reference from then on.
+The same samples and masks as in training: only what the assistant says carries loss. All weights are trained
+(or LoRA, then merged), and what comes out is an ordinary checkpoint: the base and the reference from then on.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class WarmStart:
         )
 
     def step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """One optimizer step (from 0) on ``settings.episodes_per_step`` of ``samples``; metrics are means over tokens."""
+        """One optimizer step (from 0) on ``settings.episodes_per_step`` of ``samples``; metrics are means
+        over tokens."""
         chosen = self._choose(step, samples)
         tokens = sum(sample.trained_tokens for sample in chosen)
         metrics = self._optimization.step(chosen, Nll(tokens), step=step)

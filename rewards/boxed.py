@@ -5,9 +5,9 @@ matrices, equations, units), else 0.0. Only the last assistant message counts, o
 several boxes there the worst: a list of guesses is not an answer.
 
 An answer may be built to stall: ``10^{10^{10}}`` never ends and ``((9!)!)!`` eats all memory. Going over the
-deadline or the memory cap is the policy's fault: 0.0, with part ``limit`` 1. It is the world's (WorkerLost)
-only where a known-good answer fails too. All rewards of one configuration in a process share the same
-workers.
+deadline or the memory cap is the policy's fault: 0.0, with part ``limit`` 1 where the worker had to be
+replaced. It is the world's (WorkerLost) only where a known-good answer fails too. All rewards of one
+configuration in a process share the same workers.
 """
 
 from __future__ import annotations

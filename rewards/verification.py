@@ -1,8 +1,8 @@
 """math-verify's verdict on boxed answers. Runs inside a worker process only: importing it loads sympy.
 
-math-verify turns whatever goes wrong with an expression into "not equal"; its own time-outs are off, because
-the worker pool has the clock. It drops units, so that 10 cm would equal 10 m: units that both sides name are
-compared here.
+math-verify turns whatever goes wrong with an expression into "not equal", a refused allocation included; its
+own time-outs are off, because the worker pool has the clock. It drops units, so that 10 cm would equal 10 m:
+units that both sides name are compared here.
 """
 
 from __future__ import annotations

@@ -90,11 +90,21 @@ def test_a_checkpoint_alone_makes_a_folder_that_of_a_run(folder: RunFolder) -> N
         pass
 
 
-def test_a_run_that_was_stopped_in_its_warm_start_begins_anew(folder: RunFolder) -> None:
+def test_a_run_that_was_stopped_before_its_first_step_begins_anew(folder: RunFolder) -> None:
     for _ in range(2):
         with RunLog(folder, config_text=_CONFIG) as log:
+            assert not folder.base.exists()
             log.step(1, {"warm_start/loss": 2.0}, phase="warm_start")
+        folder.base.mkdir()
+        (folder.root / "notes.txt").write_text("mine")
     assert len(read_rows(folder)) == 1
+    assert (folder.root / "notes.txt").exists()
+
+
+def test_a_resumed_run_keeps_the_base_that_it_made(folder: RunFolder) -> None:
+    folder.base.mkdir(parents=True)
+    with RunLog(folder, config_text=_CONFIG, resume_after=0):
+        assert folder.base.exists()
 
 
 def test_a_resumed_run_forgets_what_came_after_its_checkpoint(folder: RunFolder) -> None:

@@ -51,11 +51,13 @@ def work(job):
 DEADLINE_S = 1.0
 
 
-@pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "jobs.py").write_text(JOBS)
-    monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "jobs.py").write_text(JOBS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
 
 
 def make_pool(jobs: Path, size: int = 1) -> WorkerPool:
@@ -63,7 +65,7 @@ def make_pool(jobs: Path, size: int = 1) -> WorkerPool:
     return WorkerPool("jobs:work", size=size, deadline_s=DEADLINE_S, memory_mib=64, probe=probe)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # it outlives whatever is done to its workers
 def pool(jobs: Path) -> Iterator[WorkerPool]:
     with make_pool(jobs) as made:
         yield made
@@ -177,11 +179,10 @@ def test_a_worker_that_has_grown_is_replaced_before_the_next_request(pool: Worke
     assert pid(pool) != first.value
 
 
-def test_a_worker_sees_nothing_of_the_users_environment(
-    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_sees_nothing_of_the_users_environment(jobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
-    seen = pool.call(["environment", None])
+    with make_pool(jobs) as pool:
+        seen = pool.call(["environment", None])
     assert isinstance(seen, Done)
     assert "SECRET_TOKEN" not in seen.value
     assert "HOME" not in seen.value
@@ -210,7 +211,7 @@ def test_limits_that_make_no_sense_are_refused(limits: tuple[int, float, int]) -
 
 
 def run_script(jobs: Path, body: str) -> subprocess.CompletedProcess[str]:
-    script = f"""
+    script = """
         import os, signal, threading, time
         from agentrl.workers import Probe, shared_pool
         pool = lambda: shared_pool(
@@ -220,7 +221,7 @@ def run_script(jobs: Path, body: str) -> subprocess.CompletedProcess[str]:
     """
     source = textwrap.dedent(script) + textwrap.dedent(body)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(jobs), *sys.path])}
-    command = [sys.executable, "-W", "error", "-c", source]
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", source]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -235,7 +236,7 @@ def run_script(jobs: Path, body: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_workers_die_with_their_parent(jobs: Path, end: str) -> None:
-    worker = int(run_script(jobs, f"print(pid(), flush=True)\n{end}").stdout)
+    worker = int(run_script(jobs, "print(pid(), flush=True)\n" + end).stdout)
     until = time.monotonic() + 10
     while is_running(worker) and time.monotonic() < until:
         time.sleep(0.05)

@@ -1,7 +1,7 @@
 """The batch that the embedded engine decodes: requests in the rows of a KV cache, advanced token by token.
 
-Not thread-safe, except ``interrupt``. Rows [0, active) are decoding; the rest are free or hold the tokens of a finished
-request whose conversation may go on.
+Not thread-safe, except ``interrupt``. Rows [0, active) are decoding; the rest are free or hold the tokens of
+a finished request whose conversation may go on.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Batch:
 
     @torch.no_grad()
     def advance(self, fresh: list[Request]) -> list[Request]:
-        """Admit ``fresh``, decode until a request finishes or someone interrupts, and return the finished ones."""
+        """Admit ``fresh``, decode until a request finishes or someone interrupts, and return the finished
+        ones."""
         self._interrupted = False
         finished: list[Request] = []
         if fresh:
@@ -94,7 +95,8 @@ class Batch:
     # -- admission --
 
     def _prefill(self, fresh: list[Request]) -> None:
-        """Compute what is new in each prompt, the same prompt only once, and sample each request's first token."""
+        """Compute what is new in each prompt, the same prompt only once, and sample each request's first
+        token."""
         first = len(self._requests)
         leaders: dict[bytes, tuple[int, int]] = {}  # prompt -> its row, and its place among the spans
         spans: list[Span] = []
@@ -112,7 +114,8 @@ class Batch:
         self._sample(first, logits[[place for _, place in places]])
 
     def _seat(self, request: Request, key: bytes) -> int:
-        """Give ``request`` the first idle row; returns how many of its prompt's tokens the cache holds already."""
+        """Give ``request`` the first idle row; returns how many of its prompt's tokens the cache holds
+        already."""
         row, (idle, known) = len(self._requests), self._past(key)
         self._exchange(row, idle, length=known // _ID_BYTES)
         self._held[row] = b""
@@ -134,7 +137,8 @@ class Batch:
         return known // _ID_BYTES
 
     def _past(self, key: bytes) -> tuple[int, int]:
-        """The idle row that holds the longest beginning of a prompt, and its bytes; else the row longest unused, 0."""
+        """The idle row that holds the longest beginning of a prompt, and its bytes; else the row longest
+        unused, 0."""
         first = len(self._requests)
         best, known = first + int(self._rows["used"][first:].argmin()), 0
         for row in range(first, self.max_sequences):

@@ -1,7 +1,7 @@
 """Keys and values of many conversations, one row each, and the attention plans that read and write them.
 
-Rows [0, n) are being decoded; the rest are free or hold the past of a conversation that may go on. Keeping the active
-rows in front makes decoding a view of the cache instead of a copy.
+Rows [0, n) are being decoded; the rest are free or hold the past of a conversation that may go on. Keeping
+the active rows in front makes decoding a view of the cache instead of a copy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class KVCache:
         return new
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, *, key: Tensor, value: Tensor) -> None:
-        """Store ``key`` and ``value`` (kv_heads, N, head_dim) of N tokens at their ``rows`` and ``positions`` (N,)."""
+        """Store ``key`` and ``value`` (kv_heads, N, head_dim) of N tokens at their ``rows`` and ``positions``
+        (N,)."""
         if layer not in self._layers:
             shape = self._rows, key.shape[0], self._capacity, key.shape[2]
             # Zeros, not empty: a masked position has weight 0, but 0 times an uninitialised NaN is NaN.
@@ -140,8 +141,9 @@ class Decode:
         """See :class:`agentrl.attention.Plan`."""
         self._cache.write(layer, self._rows, self.positions, key=key, value=value)
         keys, values = self._cache.read(layer, slice(0, len(self._rows)), self._length)
-        # The heads that share a key become its queries: no copy of the cache for grouped-query attention.
-        grouped = query.reshape(key.shape[0], -1, *query.shape[1:]).permute(2, 0, 1, 3)  # (n, kv_heads, group, head_dim)
+        # The heads that share a key become its queries, (n, kv_heads, group, head_dim): grouped-query
+        # attention without a copy of the cache.
+        grouped = query.reshape(key.shape[0], -1, *query.shape[1:]).permute(2, 0, 1, 3)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
         return out.flatten(1, 2)
 

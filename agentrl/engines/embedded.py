@@ -1,11 +1,12 @@
-"""Inference in this process with torch: continuous batching, a KV cache that outlives the turn, LoRA adapters.
+"""Inference in this process with torch: continuous batching, KV cache from turn to turn, LoRA adapters.
 
-The base model's tensors are shared with whoever loaded it; the adapter is this engine's own copy, so training never
-reaches into running episodes. A turn costs its new tokens: the cache keeps a conversation's past, found again by the
-token ids themselves, and identical prompts asked for together are computed once.
+The base model's tensors are shared with whoever loaded it; the adapter is this engine's own copy, so training
+never reaches into running episodes. A turn costs its new tokens: the cache keeps a conversation's past, found
+again by the token ids themselves, and identical prompts asked for together are computed once.
 
-All torch work runs in one thread of its own; ``generate`` may be awaited from any number of tasks of one event loop.
-What a request samples depends on its seed and its tokens, up to the rounding of the kernels, which see the batch's shape.
+All torch work runs in one thread of its own; ``generate`` may be awaited from any number of tasks of one
+event loop. What a request samples depends on its seed and its tokens, up to the rounding of the kernels,
+which see the batch's shape.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class EmbeddedEngine:
             raise UserError("the prompt is empty: nothing can be sampled after no token; give at least one")
         if len(prompt_ids) + sampling.max_tokens > self._context:
             raise UserError(
-                f"a prompt of {len(prompt_ids)} tokens and {sampling.max_tokens} new ones exceed the model's context of "
-                f"{self._context}; lower rollout.max_episode_tokens or rollout.max_turn_tokens"
+                f"a prompt of {len(prompt_ids)} tokens and {sampling.max_tokens} new ones exceed the model's "
+                f"context of {self._context}; lower rollout.max_episode_tokens or rollout.max_turn_tokens"
             )
         request = Request(np.asarray(prompt_ids, np.int32), sampling)
         ticket = _Ticket(request, asyncio.get_running_loop().create_future())
@@ -89,7 +90,8 @@ class EmbeddedEngine:
         )
 
     async def load(self, adapter: Adapter | None, version: int) -> None:
-        """See :class:`agentrl.engine.Engine`. Requests that run finish first; those that wait get the new version."""
+        """See :class:`agentrl.engine.Engine`. Requests that run finish first; those that wait get the new
+        version."""
         self._loading = True
         try:
             while self._running and self._driver is not None:

@@ -1,7 +1,7 @@
 """Draw tokens from logits: vectorised over requests, and each request's draws depend on its own seed alone.
 
-Randomness is counter-based (SplitMix64, Steele, Lea and Flood 2014): the uniform number of a request's i-th token is a
-pure function of its seed and i, so who else is in the batch does not matter.
+Randomness is counter-based (SplitMix64, Steele, Lea and Flood 2014): the uniform number of a request's i-th
+token is a pure function of its seed and i, so who else is in the batch does not matter.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _filter(logprobs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
 
 
 def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token (n,) at which the cumulative probability passes ``uniform``: first its block, then its place."""
+    """The token (n,) at which the cumulative probability passes ``uniform``: first its block, then its
+    place."""
     padding = -probabilities.shape[1] % _BLOCK
     if padding:
         probabilities = torch.nn.functional.pad(probabilities, (0, padding))
@@ -74,7 +75,8 @@ def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _locate(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Index (n,) of the weight in which ``uniform`` of their sum falls, and how far into it, in absolute terms."""
+    """Index (n,) of the weight in which ``uniform`` of their sum falls, and how far into it, in absolute
+    terms."""
     edges = weights.double().cumsum(-1)
     target = uniform.clamp(0, 1 - 2.0**-53) * edges[:, -1]
     index = torch.searchsorted(edges, target[:, None], right=True)[:, 0]
