@@ -28,8 +28,8 @@ from agentrl.tools import tool  # noqa: E402
 from agentrl.types import Message, Score, Task, ToolCall  # noqa: E402
 
 if TYPE_CHECKING:
-    from agentrl.evaluate import evaluate
-    from agentrl.train import train
+    from agentrl.evaluation import evaluate
+    from agentrl.training import train
 
 __all__ = [
     "AgentRLError",
@@ -58,7 +58,7 @@ __all__ = [
     "train",
 ]
 
-_LAZY = {"evaluate": "agentrl.evaluate", "train": "agentrl.train"}  # these load torch
+_LAZY = {"evaluate": "agentrl.evaluation", "train": "agentrl.training"}  # these load torch
 
 
 def __getattr__(name: str) -> Any:

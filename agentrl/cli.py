@@ -65,7 +65,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model on an environment."""
-    from agentrl.train import train
+    from agentrl.training import train
 
     train(target, overrides=settings or (), model=model, resume=resume)
 
@@ -96,7 +96,7 @@ def evaluate(
 ) -> None:
     """Measure pass@k with 95 % intervals, clustered by task."""
     from agentrl.configfile import parse_assignments
-    from agentrl.evaluate import evaluate
+    from agentrl.evaluation import evaluate
     from agentrl.log import Display
     from agentrl.show import evaluation_table
 

@@ -29,8 +29,8 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
         raise BadData(
             f"{folder.root} has no checkpoint yet; let the run reach step {config.checkpoint.every}"
         )
-    made = (folder.root / "warm_start", folder.root / "base")
-    base = next((path for path in made if path.exists()), config.model.path)
+    made = (path for path in (folder.warm_start, folder.base) if path.exists())
+    base = next(made, config.model.path)
     assert base is not None
     model = load_model(base, dtype=config.model.dtype)
     adapter = read_adapter(newest)

@@ -19,13 +19,14 @@ from agentrl.config import RunConfig, TinyConfig
 from agentrl.engine import Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
-from agentrl.evaluate import run_evaluation
+from agentrl.evaluation import run_evaluation
 from agentrl.log import Display, RunLog
 from agentrl.models import load_model, load_tokenizer, stop_token_ids
 from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
 from agentrl.schedule import Schedule
 from agentrl.seeds import derive
+from agentrl.threads import in_compute_thread
 from agentrl.tiny import TinyShape, make_tiny_model
 from agentrl.types import Sample
 from agentrl.warm_start import WarmStart
@@ -56,13 +57,13 @@ async def prepare_base(
     config: RunConfig, make_env: Callable[[], Env], *, log: RunLog, display: Display
 ) -> str | Path:
     """The folder or hub id of the base model that the run's adapter is trained on."""
-    base: str | Path = config.model.path or log.folder.root / "base"
+    base: str | Path = config.model.path or log.folder.base
     if config.model.tiny is not None and not Path(base).exists():
         await _make_tiny(config, config.model.tiny, make_env, Path(base))
         display.note(f"made a tiny model in {base}")
     if config.warm_start is None:
         return base
-    warm = log.folder.root / "warm_start"
+    warm = log.folder.warm_start
     if not warm.exists():
         await _warm_up(config, base, warm, make_env, log=log, display=display)
     return warm
@@ -90,8 +91,9 @@ async def _gold_texts(config: RunConfig, env: Env, index: int) -> list[str]:
     env.reset(seed=0, options={"split": config.environment.train, "index": index})
     for message in env.gold(env.task):
         await env.astep(message)
-    calls = [call for message in env.messages for call in message.tool_calls]
-    return [*(m.content for m in env.messages), *(json.dumps(dict(call.arguments or {})) for call in calls)]
+    calls = (call for message in env.messages for call in message.tool_calls)
+    spoken = (json.dumps({"name": call.name, "arguments": call.arguments}) for call in calls)
+    return [*(message.content for message in env.messages), *spoken]
 
 
 async def _warm_up(
@@ -107,7 +109,7 @@ async def _warm_up(
     settings = config.warm_start
     assert settings is not None
     tokenizer = load_tokenizer(base)
-    given = load_model(base, dtype=config.model.dtype, device=_device())
+    given = await in_compute_thread(load_model, base, dtype=config.model.dtype, device=_device())
     dtype = given.dtype
     # Full fine-tuning in bfloat16 would round most updates away; an adapter has float32 weights of its own.
     model = given if settings.lora else given.float()
@@ -117,7 +119,7 @@ async def _warm_up(
     probe = _make_probe(config, model, make_env, chats)
     with display.bar("warm start", total=settings.steps) as bar:
         for step in range(settings.steps):
-            metrics = start.step(step, samples)
+            metrics = await in_compute_thread(start.step, step, samples)
             if settings.probe_every and (step + 1) % settings.probe_every == 0:
                 metrics["probe/pass@1"] = await probe()
             log.step(step + 1, metrics, phase="warm_start")

@@ -2,7 +2,8 @@
 
 ``in_thread`` gives every call a daemon thread at once: the pool has as many threads as calls in flight, so a
 hung call delays no other, and leaving the program does not wait for it. ``run_sync`` runs a coroutine on one
-background loop. Both start afresh in a forked child.
+background loop. ``in_compute_thread`` is where this process does its tensor work. All of them start afresh in
+a forked child.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["in_thread", "run_sync", "threads_in_flight"]
+__all__ = ["in_compute_thread", "in_thread", "run_sync", "threads_in_flight"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,6 +33,15 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     """
     call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
     return await asyncio.wrap_future(_pool.submit(call))
+
+
+async def in_compute_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Await ``function(*args, **kwargs)`` in the one thread that engine and learner share.
+
+    Every thread that calls a parallel kernel gets a team of OpenMP threads of its own, and teams on the same
+    cores wait for each other: with two of them, decoding took more than twice as long on two cores.
+    """
+    return await asyncio.wrap_future(_compute.submit(function, *args, **kwargs))
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -129,11 +139,13 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 
 def _forget_threads() -> None:
     """A forked child has none of its parent's threads."""
-    global _pool, _loop, _loop_lock
-    _pool, _loop, _loop_lock = _Pool(), None, threading.Lock()
+    global _pool, _compute, _loop, _loop_lock
+    _pool, _compute = _Pool(), ThreadPoolExecutor(1, thread_name_prefix="agentrl-compute")
+    _loop, _loop_lock = None, threading.Lock()
 
 
 _pool: _Pool
+_compute: ThreadPoolExecutor
 _loop: asyncio.AbstractEventLoop | None
 _loop_lock: threading.Lock
 _forget_threads()

@@ -30,7 +30,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "rollout samples schedule chat chats certificate parsers advantages statistics metrics batches "
         "losses attention models",
         "engines learner checkpoint warm_start log tiny show export",
-        "train evaluate prepare",
+        "training evaluation prepare",
         "cli __main__",
     )
 )
@@ -222,6 +222,6 @@ def test_importing_takes_less_than_half_a_second() -> None:
 
 
 def test_the_facades_names_stay_functions_when_their_modules_are_imported() -> None:
-    for name in ("train", "evaluate"):
-        importlib.import_module(f"agentrl.{name}")  # sets an attribute of that name on the package
+    for name, module in (("train", "training"), ("evaluate", "evaluation")):
+        importlib.import_module(f"agentrl.{module}")  # sets an attribute of that name on the package
         assert callable(getattr(agentrl, name))

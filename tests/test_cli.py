@@ -63,7 +63,8 @@ class FakeEvaluation:
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, answer: Any = None) -> Recorder:
     recorder = Recorder(answer)
-    monkeypatch.setattr(importlib.import_module(f"agentrl.{name}"), name, recorder)
+    module = {"train": "training", "evaluate": "evaluation"}.get(name, name)
+    monkeypatch.setattr(importlib.import_module(f"agentrl.{module}"), name, recorder)
     return recorder
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from agentrl.engines.batch import Batch, Request
 from agentrl.errors import EngineError, UserError
 from agentrl.losses import token_logprobs
 from agentrl.models import alias, backbone, context_length, head
+from agentrl.threads import in_compute_thread
 from agentrl.types import Completion, FloatArray, IntArray
 
 __all__ = ["EmbeddedEngine"]
@@ -52,7 +52,6 @@ class EmbeddedEngine:
         self._adapted: Any = None
         self._context = context_length(model)
         self._batch = Batch(self._base, max_sequences=max_sequences, prefill_tokens=prefill_tokens)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="agentrl-engine")
         self._waiting: deque[_Ticket] = deque()
         self._running: dict[int, _Ticket] = {}  # by id(request)
         self._driver: asyncio.Task[None] | None = None
@@ -85,9 +84,7 @@ class EmbeddedEngine:
 
     async def score(self, token_ids: IntArray, temperature: float) -> FloatArray:
         """See :class:`agentrl.engine.Engine`."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._score, np.asarray(token_ids, np.int32), temperature
-        )
+        return await in_compute_thread(self._score, np.asarray(token_ids, np.int32), temperature)
 
     async def load(self, adapter: Adapter | None, version: int) -> None:
         """See :class:`agentrl.engine.Engine`. Requests that run finish first; those that wait get the new
@@ -96,7 +93,7 @@ class EmbeddedEngine:
         try:
             while self._running and self._driver is not None:
                 await asyncio.wait({self._driver})
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._install, adapter)
+            await in_compute_thread(self._install, adapter)
             self._version = version
         finally:
             self._loading = False
@@ -110,7 +107,6 @@ class EmbeddedEngine:
         if self._driver is not None:
             await asyncio.wait({self._driver})
         self._fail(EngineError("the embedded engine was closed while this request was running"))
-        self._thread.shutdown()
 
     # -- the event loop's side --
 
@@ -120,12 +116,11 @@ class EmbeddedEngine:
 
     async def _run(self) -> None:
         """Feed the batch until nothing waits or runs."""
-        loop = asyncio.get_running_loop()
         await asyncio.sleep(0)  # whoever asks in this tick of the event loop is admitted together
         while not self._closed and (self._running or (self._waiting and not self._loading)):
             fresh = self._admit()
             try:
-                finished = await loop.run_in_executor(self._thread, self._batch.advance, fresh)
+                finished = await in_compute_thread(self._batch.advance, fresh)
             except BaseException as error:
                 self._fail(error)
                 raise

@@ -30,7 +30,7 @@ from agentrl.configfile import load_config
 from agentrl.engine import Adapter, Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
-from agentrl.evaluate import (
+from agentrl.evaluation import (
     Evaluation,
     Measurement,
     compare,
@@ -48,7 +48,7 @@ from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.samples import to_samples
 from agentrl.seeds import derive
 from agentrl.show import plot_curve, summary_table
-from agentrl.threads import in_thread, run_sync
+from agentrl.threads import in_compute_thread, run_sync
 from agentrl.types import Group, Sample
 
 __all__ = ["train"]
@@ -140,8 +140,8 @@ class _Run:
         """The base model, the engine and the learner over it, and what episodes need."""
         config = self._config
         base = await prepare_base(config, self._make_env, log=self._log, display=self._display)
-        model = load_model(
-            base, dtype=config.model.dtype, device="cuda" if torch.cuda.is_available() else "cpu"
+        model = await in_compute_thread(
+            load_model, base, dtype=config.model.dtype, device="cuda" if torch.cuda.is_available() else "cpu"
         )
         chats = make_chats(config, load_tokenizer(base), model, on_certificate=self._display.note)
         self._engine = EmbeddedEngine(model, max_sequences=config.engine.max_sequences)
@@ -240,7 +240,7 @@ class _Run:
         if not any(sample.advantages is not None and sample.advantages.any() for sample in samples):
             return {"time/update_s": 0.0, "time/load_s": 0.0}
         began = time.perf_counter()
-        metrics = await in_thread(
+        metrics = await in_compute_thread(
             self._learner.update,
             samples,
             step=step,
@@ -277,7 +277,7 @@ class _Run:
 
     async def _before(self, done: int) -> Measurement:
         """The base's measurement: made now, or read back where the run goes on behind it."""
-        path = self._folder.root / "before.json"
+        path = self._folder.before
         if done and path.is_file():
             return Measurement.read(path)
         measured = await self._measure("before")
@@ -340,7 +340,7 @@ class _Run:
 
 def _point(evaluation: Evaluation) -> dict[str, float]:
     """An evaluation as metrics: ``eval/pass@1`` with ``_low`` and ``_high``."""
-    point = {"eval/return": evaluation.mean_return}
+    point = {} if evaluation.mean_return is None else {"eval/return": evaluation.mean_return}
     for name, report in evaluation.reports.items():
         if report.headline is not None:
             figures = dataclasses.asdict(report.headline)

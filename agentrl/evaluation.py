@@ -47,7 +47,7 @@ class Evaluation:
 
     counts: tuple[TaskCount, ...]  # (P,) in the order of the tasks
     k: tuple[int, ...]  # what to report pass@k for
-    mean_return: float  # over valid episodes
+    mean_return: float | None  # over valid episodes; None where there is none
 
     @property
     def reports(self) -> dict[str, PassReport]:
@@ -141,7 +141,7 @@ async def run_evaluation(
     groups = await rollouts.groups(plans, sampling=sampling, on_episode=on_episode)
     returns = [trajectory.reward for group in groups for trajectory in group.valid]
     counts = tuple(_count(group, success) for group in groups)
-    return Evaluation(counts, tuple(k), float(np.mean(returns)) if returns else float("nan"))
+    return Evaluation(counts, tuple(k), float(np.mean(returns)) if returns else None)
 
 
 def _count(group: Group, success: float) -> TaskCount:
