@@ -93,15 +93,20 @@ def _forward(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: Plan,
+    plan: Plan | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
+    name = type(module).__name__
+    if plan is None:
+        raise UnsupportedModel(
+            f"{name} was not told which token belongs to which sequence: its model does not pass keyword "
+            "arguments on and can't be packed; use another architecture (Qwen3, Llama 3, Gemma 3, ...)"
+        )
     if softcap is not None or s_aux is not None:
-        name = type(module).__name__
         feature = "soft-capped scores" if s_aux is None else "attention sinks"
         raise UnsupportedModel(
             f"{name} uses {feature}, which the embedded engine and the learner do not implement; use a model "

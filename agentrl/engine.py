@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,8 +26,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or above and fit 64 bits")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or above, and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k < 0:
@@ -55,7 +58,10 @@ class Engine(Protocol):
         ...
 
     async def score(self, token_ids: IntArray, temperature: float) -> FloatArray:
-        """Logprobs (T,) in nats of each token given those before it, after ``temperature``; the first: 0."""
+        """Logprobs (T,) in nats of each token given those before it, after ``temperature``; the first: 0.
+
+        Temperature 0 is scored as 1, as ``generate`` reports greedy tokens. Raises as ``generate`` does.
+        """
         ...
 
     async def load(self, adapter: Adapter | None, version: int) -> None:

@@ -6,6 +6,7 @@ failed) are left out and counted. Intervals are clustered by task (``agentrl.sta
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -84,13 +85,15 @@ class Measurement:
         return figures if self.greedy is None else figures | {"greedy": self.greedy.to_json()["pass@1"]}
 
     def write(self, path: Path) -> None:
-        """Keep the counts, for a run that goes on later."""
-        path.write_text(json.dumps(asdict(self)))
+        """Keep the counts, for a run that goes on later; whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """What ``write`` kept."""
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         greedy = kept["greedy"]
         return cls(_evaluation(kept["sampled"]), None if greedy is None else _evaluation(greedy))
 
@@ -150,14 +153,17 @@ def _count(group: Group, success: float) -> TaskCount:
     return TaskCount(task_id=group.task.id, valid=len(group.valid), correct=correct, invalid=invalid)
 
 
-def compare(before: Evaluation, after: Evaluation, k: int = 1) -> Estimate:
-    """The paired gain in pass@k over the tasks that both could measure, with its 95 % interval."""
+def compare(before: Evaluation, after: Evaluation, k: int = 1) -> Estimate | None:
+    """The paired gain in pass@k over the tasks that both could measure, with its 95 % interval.
+
+    None where there is no such task.
+    """
     pairs = [
         (pass_at_k(b.valid, b.correct, k), pass_at_k(a.valid, a.correct, k))
         for b, a in zip(before.counts, after.counts, strict=True)
         if min(b.valid, a.valid) >= k
     ]
-    return paired([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    return paired([pair[0] for pair in pairs], [pair[1] for pair in pairs]) if pairs else None
 
 
 def evaluate(
@@ -180,13 +186,15 @@ def evaluate(
 ) -> Evaluation:
     """Measure pass@k of ``model`` (a folder or hub id) on ``environment``; blocks until done.
 
-    Works under a running event loop, too. Raises UserError for what can't be loaded or does not fit together.
+    Every episode has an environment of its own; of an instance, which is left as it is, that is a copy. Works
+    under a running event loop, too. Raises UserError for what can't be loaded or does not fit together.
     """
     ks = tuple(k)
     if not ks or max(ks) > n or min(ks) < 1:
         raise BadConfig(f"k is {list(ks)}: each must be at least 1 and at most n, {n}; raise -n or lower -k")
     sampling = sampling or Sampling(max_tokens=512, seed=0)
-    available = tasks_available(make(environment, **dict(args or {})), split, wanted=tasks)
+    make_env = _factory(environment, dict(args or {}))
+    available = tasks_available(make_env(), split, wanted=tasks)
     plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
     loaded = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
     chats = Chats(load_tokenizer(model), stop_token_ids=stop_token_ids(loaded), on_certificate=on_note)
@@ -199,7 +207,7 @@ def evaluate(
             if adapter is not None:
                 await engine.load(read_adapter(adapter), 0)
             rollouts = Rollouts(
-                lambda: make(environment, **dict(args or {})),
+                make_env,
                 chat=chats,
                 engine=engine,
                 limits=limits,
@@ -212,3 +220,14 @@ def evaluate(
             await engine.close()
 
     return run_sync(run())
+
+
+def _factory(
+    environment: str | Env | type[Env] | Callable[..., Env], args: Mapping[str, Any]
+) -> Callable[[], Env]:
+    """Makes an environment for each episode."""
+    made = make(environment, **args)
+    if environment is not made:
+        return lambda: make(environment, **args)
+    # What task lists are remembered by stays one object: a copy of it would have them read again.
+    return lambda: copy.deepcopy(made, {id(made._settings): made._settings})

@@ -21,8 +21,8 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
     import peft
 
     folder, target = RunFolder(Path(run)), Path(merge_dir)
-    if target.exists() and any(target.iterdir()):
-        raise BadConfig(f"{target} is not empty; name an empty or a new folder")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise BadConfig(f"{target} holds something; name an empty or a new folder")
     config = load_config(folder.config)
     newest = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep).latest()
     if newest is None:
@@ -34,7 +34,9 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
     assert base is not None
     model = load_model(base, dtype=config.model.dtype)
     adapter = read_adapter(newest)
-    policy = peft.get_peft_model(model, peft.LoraConfig(**adapter.config))
+    # The run's folder may have moved since the adapter noted where its base was.
+    lora = peft.LoraConfig(**{**adapter.config, "base_model_name_or_path": None})
+    policy = peft.get_peft_model(model, lora)
     peft.set_peft_model_state_dict(policy, dict(adapter.tensors))
     merged = policy.merge_and_unload()
 

@@ -6,9 +6,11 @@ it. :class:`Learner` is the policy being trained: it scores samples, updates the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,10 @@ from agentrl.engine import Adapter
 from agentrl.errors import AgentRLError, BadConfig
 from agentrl.losses import ClipRange, k3, kl_penalty, policy_loss, token_logprobs
 from agentrl.models import backbone, head
+from agentrl.seeds import derive
 from agentrl.types import FloatArray, Sample
 
-__all__ = ["Learner", "Optimization", "learning_rate_factor"]
+__all__ = ["Learner", "Optimization", "adapt", "learning_rate_factor"]
 
 Metrics = dict[str, float]
 Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]  # batch, logprobs (M,) -> loss, sums
@@ -97,38 +100,47 @@ class Optimization:
         return unpack(batches, scored)
 
     def step(
-        self, samples: Sequence[Sample], loss: Loss, *, step: int, temperature: float = 1.0
-    ) -> dict[str, float]:
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        *,
+        step: int,
+        seed: int,  # of dropout
+        temperature: float = 1.0,
+    ) -> Metrics:
         """One optimizer step on ``samples``: gradients are summed over microbatches, clipped, applied.
 
         Returns the loss's metrics summed over tokens, ``loss/entropy`` (a sum too) and ``optimizer/*``.
         Raises AgentRLError where the gradient is not finite; the weights are then as before.
         """
-        self._forward.train()
         rate = self._settings.learning_rate * learning_rate_factor(self._settings, step, self._steps)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        with _seeded(seed):
+            sums = self._backward(samples, loss, temperature=temperature)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self._settings.grad_clip))
+        if not math.isfinite(norm):
+            self.adamw.zero_grad()
+            raise AgentRLError(
+                f"the gradient's norm is {norm} at step {step}, and the weights are as before it; lower "
+                "optimizer.learning_rate or optimizer.grad_clip"
+            )
+        self.adamw.step()
+        self.adamw.zero_grad()
+        return {**sums, "optimizer/grad_norm": norm, "optimizer/learning_rate": rate}
+
+    def _backward(self, samples: Sequence[Sample], loss: Loss, *, temperature: float) -> Metrics:
+        """Add the gradients of ``samples`` to the parameters'; metrics are sums over tokens."""
         sums: dict[str, Tensor] = {}
+        self._forward.train()
         for batch in self.batches(samples):
             logprobs, entropies = self._forward(batch, temperature=temperature)
             value, metrics = loss(batch, logprobs)
             self.accelerator.backward(value)
             for name, total in (*metrics.items(), ("loss/entropy", entropies.sum())):
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + total.detach()
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self._settings.grad_clip))
-        if not math.isfinite(norm):
-            self.adamw.zero_grad()
-            raise AgentRLError(
-                f"the gradient's norm is {norm} at step {step}; lower optimizer.learning_rate or "
-                "optimizer.grad_clip and resume from the last checkpoint"
-            )
-        self.adamw.step()
-        self.adamw.zero_grad()
-        return {
-            **{name: total.item() for name, total in sums.items()},
-            "optimizer/grad_norm": norm,
-            "optimizer/learning_rate": rate,
-        }
+        self._forward.eval()
+        return {name: total.item() for name, total in sums.items()}
 
 
 class Learner:
@@ -143,8 +155,9 @@ class Learner:
         optimizer: OptimizerConfig,
         batch: BatchConfig,
         steps: int,
+        seed: int,  # of the adapter's first weights
     ) -> None:
-        self.policy = adapt(model, lora)
+        self.policy = adapt(model, lora, seed=seed)
         self._algorithm = algorithm
         self._clip = ClipRange(algorithm.clip_low, algorithm.clip_high)
         self.optimization = Optimization(model, optimizer=optimizer, batch=batch, steps=steps)
@@ -166,34 +179,40 @@ class Learner:
         temperature: float,  # that they were sampled at
         seed: int,  # of the split into minibatches
     ) -> Metrics:
-        """One pass over ``samples`` in ``algorithm.minibatches`` optimizer steps; metrics are means over
-        tokens."""
+        """One pass over ``samples`` in ``algorithm.minibatches`` optimizer steps.
+
+        A sample without an advantage anywhere has no gradient and is not computed (unless the KL penalty
+        gives it one), but its tokens count in the loss's normaliser. Metrics are means over the tokens that
+        were computed; none and no step where no sample was.
+        """
         if self._algorithm.kl:
             samples = self.score_reference(samples, temperature=temperature)
-        else:
-            samples = [
-                sample for sample in samples if sample.advantages is not None and sample.advantages.any()
-            ]
-        parts = split_minibatches(samples, self._algorithm.minibatches, seed=seed)
-        parts = [part for part in parts if sum(sample.trained_tokens for sample in part)]
+        split = split_minibatches(samples, self._algorithm.minibatches, seed=seed)
+        parts = [(kept, _trained_tokens(part)) for part in split if (kept := self._with_gradient(part))]
         # Scored before the first step, with the weights that every part's ratio refers to. The first part
         # needs none: its own forward pass has those weights.
-        parts[1:] = [self._with_old(part, temperature=temperature) for part in parts[1:]]
+        parts[1:] = [(self._with_old(kept, temperature=temperature), tokens) for kept, tokens in parts[1:]]
         rows: list[Metrics] = []
-        for part in parts:
-            tokens = sum(sample.trained_tokens for sample in part)
+        for index, (kept, tokens) in enumerate(parts):
             loss = _PolicyLoss(clip=self._clip, kl=self._algorithm.kl, trained_tokens=tokens)
-            rows.append(self.optimization.step(part, loss, step=step, temperature=temperature))
+            dropout = derive(seed, "dropout", index)
+            rows.append(self.optimization.step(kept, loss, step=step, seed=dropout, temperature=temperature))
             rows[-1]["mismatch/max"] = loss.largest_mismatch
-        return _mean_over_tokens(rows, sum(sample.trained_tokens for sample in samples))
+        return _mean_over_tokens(rows, sum(_trained_tokens(kept) for kept, _ in parts))
+
+    def _with_gradient(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Those that add to the gradient."""
+        if self._algorithm.kl:
+            return [sample for sample in samples if sample.trained_tokens]
+        return [sample for sample in samples if sample.advantages is not None and sample.advantages.any()]
 
     def _with_old(self, samples: Sequence[Sample], *, temperature: float) -> list[Sample]:
         scored = self.optimization.score(samples, temperature=temperature)
         return [dataclasses.replace(s, old=value) for s, value in zip(samples, scored, strict=True)]
 
     def optimizer_state(self) -> dict[str, Any]:
-        """AdamW's state, for a checkpoint."""
-        return dict(self.optimization.adamw.state_dict())
+        """A copy of AdamW's state, for a checkpoint."""
+        return copy.deepcopy(dict(self.optimization.adamw.state_dict()))
 
     def restore(self, adapter: Adapter, optimizer: dict[str, Any]) -> None:
         """Go on with the weights and the moments of a checkpoint."""
@@ -238,8 +257,17 @@ class _PolicyLoss:
         return loss, metrics
 
 
-def adapt(model: Any, lora: LoraConfig) -> Any:
-    """``model`` with a fresh LoRA adapter injected in place, wrapped by PEFT."""
+def adapt(model: Any, lora: LoraConfig, *, seed: int) -> Any:
+    """``model`` with a fresh LoRA adapter injected in place, wrapped by PEFT; its weights depend on ``seed``
+    alone.
+
+    Raises BadConfig for norms to be trained in a precision that rounds their updates away.
+    """
+    if lora.train_norms and model.dtype.itemsize < 4:  # LoRA's own matrices PEFT keeps in float32
+        raise BadConfig(
+            f"lora.train_norms is true, and the base is in {str(model.dtype).removeprefix('torch.')}, which "
+            "rounds small updates of the norms away; set model.dtype to float32 or lora.train_norms to false"
+        )
     import peft
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -251,7 +279,17 @@ def adapt(model: Any, lora: LoraConfig) -> Any:
         modules_to_save=_norm_names(model) if lora.train_norms else None,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config)
+    with _seeded(seed):
+        return peft.get_peft_model(model, config)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generators, which adapters' weights and dropout are drawn from, for this block
+    alone."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def _norm_names(model: Any) -> list[str]:
@@ -278,7 +316,7 @@ def _mean_over_tokens(rows: Sequence[Metrics], trained_tokens: int) -> Metrics:
     """Sums over tokens become means; optimizer figures are averaged over the steps, the largest mismatch
     kept."""
     merged: Metrics = {}
-    for name in rows[0]:
+    for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         if name == "mismatch/max":
             merged[name] = max(values)
@@ -287,3 +325,7 @@ def _mean_over_tokens(rows: Sequence[Metrics], trained_tokens: int) -> Metrics:
         else:
             merged[name] = math.fsum(values) / trained_tokens
     return merged
+
+
+def _trained_tokens(samples: Sequence[Sample]) -> int:
+    return sum(sample.trained_tokens for sample in samples)

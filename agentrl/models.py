@@ -7,7 +7,7 @@ logits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,13 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def context_length(model: Any) -> int:
     """How many tokens the model's positions reach."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+    config = model.config.get_text_config()
+    length = int(getattr(config, "max_position_embeddings", 1 << 30))
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond this length longrope turns the positions of the whole batch, and cached keys with them.
+        return min(length, int(rope["original_max_position_embeddings"]))
+    return length
 
 
 def stop_token_ids(model: Any) -> tuple[int, ...]:
@@ -98,6 +104,7 @@ def check_forward(model: Any) -> None:
     Raises UnsupportedModel for architectures whose forward pass is more than causal attention (recurrent
     layers, attention sinks, scaled logits).
     """
+    _check_structure(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
     token_ids = torch.arange(2 * _PROBE, device=device) * 7919 % vocabulary
@@ -106,8 +113,9 @@ def check_forward(model: Any) -> None:
     )
     model.set_attn_implementation(PACKED)
     positions = torch.arange(_PROBE, device=device).repeat(2)
-    hidden = backbone(model, token_ids, positions, Segments([_PROBE, _PROBE]))
-    actual = head(model)(hidden)
+    plan = _Probe([_PROBE, _PROBE])
+    actual = head(model)(backbone(model, token_ids, positions, plan))
+    _check_windows(model, plan.windows)
     difference = (actual.float().log_softmax(-1) - expected.float().log_softmax(-1)).abs().mean().item()
     allowed = 1e-3 if expected.dtype == torch.float32 else 0.1
     if not difference < allowed:
@@ -118,4 +126,48 @@ def check_forward(model: Any) -> None:
         )
 
 
+def _check_structure(model: Any) -> None:
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.base_model is model or not model._can_set_attn_implementation():
+        raise UnsupportedModel(
+            f"{name} has no backbone with the AttentionInterface of transformers, so it can't be packed; use "
+            "another architecture (Qwen3, Llama 3, Gemma 3, ...)"
+        )
+    strange = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if strange:
+        raise UnsupportedModel(
+            f"{name} has layers of type {', '.join(sorted(strange))}; only "
+            f"{' and '.join(sorted(_LAYER_TYPES))} can be packed: use another architecture"
+        )
+
+
+def _check_windows(model: Any, seen: set[int | None]) -> None:
+    """The probe is shorter than a sliding window, so it can't see that a model applies one on its own."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if window is None or not (types is None or "sliding_attention" in types):
+        return
+    if window < context_length(model) and seen == {None}:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not tell its attention of its sliding window of {window} tokens "
+            "and can't be packed; use another architecture (Qwen3, Llama 3, Gemma 3, ...)"
+        )
+
+
+class _Probe(Segments):
+    """Notes the windows that a model asks for."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        super().__init__(lengths)
+        self.windows: set[int | None] = set()
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        self.windows.add(window)
+        return super().attend(layer, query, key, value, scale=scale, window=window)
+
+
 _PROBE = 12  # tokens of each of the two probe sequences
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ async def prepare_base(
 
 
 async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[], Env], path: Path) -> None:
-    env = make_env()
-    schedule = make_schedule(config, env, "tokenizer")
-    texts = [text for index in schedule.take(0, tiny.texts) for text in await _gold_texts(config, env, index)]
+    with closing(make_env()) as env:
+        indices = make_schedule(config, env, "tokenizer").take(0, tiny.texts)
+        texts = [text for index in indices for text in await _gold_texts(config, env, index)]
     shape = TinyShape(
         hidden_size=tiny.hidden_size,
         intermediate_size=tiny.intermediate_size,
@@ -143,10 +144,12 @@ async def _gold_samples(config: RunConfig, make_env: Callable[[], Env], chats: C
 def _make_probe(
     config: RunConfig, model: Any, make_env: Callable[[], Env], chats: Chats
 ) -> Callable[[], Awaitable[float]]:
-    """A function that measures pass@1 of ``model`` as it is, on tasks that nothing else uses."""
-    assert config.warm_start is not None
-    split, count = config.environment.train, config.warm_start.probe_tasks
-    indices = make_schedule(config, make_env(), "probe").take(0, count)
+    """A function that measures pass@1 of ``model`` as it is, on the training tasks that come after the warm
+    start's own."""
+    settings, split = config.warm_start, config.environment.train
+    assert settings is not None
+    order = make_schedule(config, make_env(), "warm start")
+    indices = order.take(settings.episodes, settings.probe_tasks)
     plans = [
         EpisodePlan(split=split, index=i, sibling=0, env_seed=i, seed=derive(config.seed, "probe", i))
         for i in indices
@@ -165,8 +168,10 @@ def _make_probe(
             in_flight=config.engine.max_sequences,
             deterministic=config.engine.deterministic,
         )
-        evaluation = await run_evaluation(rollouts, plans, sampling=sampling, k=(1,))
-        await engine.close()
+        try:
+            evaluation = await run_evaluation(rollouts, plans, sampling=sampling, k=(1,))
+        finally:
+            await engine.close()
         report = evaluation.reports["pass@1"]
         return report.estimate.value if report.estimate else 0.0
 

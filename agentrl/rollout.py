@@ -7,7 +7,8 @@ round of generation begins only when every episode in flight waits for one, and 
 the plan's order.
 
 A failure of the world (WorldError, a deadline) costs the environment: the episode starts anew in a fresh one,
-and after ``retries`` it is returned as invalid. Anything else that is raised is a bug and is not caught here.
+and after ``retries`` it is returned as invalid. Anything else that is raised is a bug: it leaves as it is,
+with a note of the environment and the task.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol, TypeVar
 
@@ -29,6 +32,7 @@ from agentrl.engine import Engine, Sampling
 from agentrl.env import Env, Step
 from agentrl.errors import AgentRLError, EngineError, UserError, WorldError
 from agentrl.seeds import derive
+from agentrl.threads import in_thread
 from agentrl.types import Completion, Group, IntArray, Message, Score, Task, Trajectory, Turn
 
 T = TypeVar("T")
@@ -60,18 +64,24 @@ class Speaker(Protocol):
 class EngineSpeaker:
     """Speaks through an engine, each turn with a seed of its own."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, rounds: _Rounds, plan: EpisodePlan) -> None:
-        self._engine, self._sampling, self._rounds, self._plan = engine, sampling, rounds, plan
+    def __init__(
+        self, engine: Engine, sampling: Sampling, *, seed: int, go: Callable[[], Awaitable[None]]
+    ) -> None:
+        """``go`` is awaited before each request."""
+        self._engine, self._sampling, self._seed, self._go = engine, sampling, seed, go
         self._turn = 0
 
     async def __call__(
         self, prompt_ids: IntArray, messages: Sequence[Message], max_tokens: int
     ) -> Completion:
-        """See :class:`Speaker`."""
-        await self._rounds.turn((self._plan.index, self._plan.sibling))
-        sampling = replace(self._sampling, max_tokens=max_tokens, seed=derive(self._plan.seed, self._turn))
+        """See :class:`Speaker`. Raises EngineError for a completion that the engine gave up."""
+        await self._go()
+        sampling = replace(self._sampling, max_tokens=max_tokens, seed=derive(self._seed, self._turn))
         self._turn += 1
-        return await self._engine.generate(prompt_ids, sampling)
+        completion = await self._engine.generate(prompt_ids, sampling)
+        if completion.finish == "aborted":
+            raise EngineError("the engine aborted a request that nobody had cancelled")
+        return completion
 
 
 class GoldSpeaker:
@@ -132,34 +142,55 @@ class Rollouts:
             # A worker between two episodes still counts as live, so the next episode joins the next round.
             while queue:
                 at, plan = queue.popleft()
-                done[at] = await self._episode(plan, sampling, rounds)
+                done[at] = await self._episode(plan, sampling, go=partial(rounds.turn, at))
                 on_episode()
             rounds.leave()
 
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(workers):
-                tasks.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(workers):
+                    tasks.create_task(work())
+        except (
+            BaseExceptionGroup
+        ) as failures:  # callers look for a UserError or their own bug, not for a group
+            raise failures.exceptions[0] from None
         return _grouped(plans, [outcome for outcome in done if outcome is not None])
 
     async def _episode(
-        self, plan: EpisodePlan, sampling: Sampling, rounds: _Rounds
+        self, plan: EpisodePlan, sampling: Sampling, *, go: Callable[[], Awaitable[None]]
     ) -> tuple[Task, Trajectory]:
         """One episode, in a fresh environment for each attempt."""
         fault = ""
         for _ in range(1 + self._limits.retries):
             env = self._make_env()
-            chat = self._chat(env)
-            stops = tuple(sorted({*sampling.stop_token_ids, *chat.stop_token_ids}))
-            speaker = EngineSpeaker(self._engine, replace(sampling, stop_token_ids=stops), rounds, plan)
-            episode = _Episode(env, chat, speaker, limits=self._limits)
             try:
-                return await episode.run(plan)
+                return await self._attempt(plan, env, sampling, go=go)
             except WorldError as error:
                 fault = "engine" if isinstance(error, EngineError) else "environment"
+            except BaseException as error:
+                error.add_note(f"in task {plan.index} of the split {plan.split!r} of {_name(env)}")
+                raise
             finally:
-                env.close()
+                await self._close(env)
         task = env.task_list(plan.split)[plan.index]
         return task, _invalid(plan, task, fault)
+
+    async def _close(self, env: Env) -> None:
+        """Close ``env``; one that hangs, or whose world is gone, keeps nobody from going on without it."""
+        closing = asyncio.ensure_future(in_thread(env.close))  # goes on even if this wait is cancelled
+        done, _ = await asyncio.wait({closing}, timeout=self._limits.deadline_s)
+        with suppress(WorldError):
+            for closed in done:
+                closed.result()
+
+    async def _attempt(
+        self, plan: EpisodePlan, env: Env, sampling: Sampling, *, go: Callable[[], Awaitable[None]]
+    ) -> tuple[Task, Trajectory]:
+        chat = self._chat(env)
+        stops = tuple(sorted({*sampling.stop_token_ids, *chat.stop_token_ids}))
+        sampling = replace(sampling, stop_token_ids=stops)
+        speaker = EngineSpeaker(self._engine, sampling, seed=plan.seed, go=go)
+        return await _Episode(env, chat, speaker, limits=self._limits).run(plan)
 
 
 class _Episode:
@@ -173,7 +204,9 @@ class _Episode:
     async def run(self, plan: EpisodePlan) -> tuple[Task, Trajectory]:
         """From reset to the end. Raises WorldError; UserError for a task whose opening does not fit the
         context."""
-        messages, _ = self._env.reset(seed=plan.env_seed, options={"split": plan.split, "index": plan.index})
+        options = {"split": plan.split, "index": plan.index}
+        reset = in_thread(self._env.reset, seed=plan.env_seed, options=options)
+        messages, _ = await self._timed("env", reset)
         prompt_ids = self._chat.open(messages)
         self._check_opening(len(prompt_ids))
         extension = Extension(prompt_ids, extends=True)
@@ -222,12 +255,13 @@ class _Episode:
         """``work``, its seconds noted; an environment that outlasts its deadline is a failure of the
         world."""
         began = time.perf_counter()
+        deadline = asyncio.timeout(self._limits.deadline_s if stage == "env" else None)
         try:
-            if stage == "engine":
-                return await work
-            async with asyncio.timeout(self._limits.deadline_s):
+            async with deadline:
                 return await work
         except TimeoutError as error:
+            if not deadline.expired():  # it was raised by the work, so it is a bug like any other
+                raise
             raise WorldError(
                 f"a step of the environment took over {self._limits.deadline_s:g} s (rollout.deadline_s)"
             ) from error
@@ -236,7 +270,8 @@ class _Episode:
 
     def _trajectory(self, plan: EpisodePlan, info: Mapping[str, Any]) -> Trajectory:
         valid = bool(info.get("is_valid", True))
-        score = Score(math.fsum(turn.reward for turn in self._turns), info.get("reward_parts", {}))
+        reward = math.fsum(turn.reward for turn in self._turns)
+        score = Score(reward, info.get("reward_parts", {}), info.get("reward_note", ""))
         return Trajectory(
             task_id=self._env.task.id,
             sibling=plan.sibling,
@@ -259,14 +294,14 @@ class _Rounds:
 
     def __init__(self, live: int) -> None:
         self._live, self._held_back = live, live > 0
-        self._waiting: list[tuple[tuple[int, ...], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
-    async def turn(self, key: tuple[int, ...]) -> None:
-        """Wait for the round in which the request ``key`` may go."""
+    async def turn(self, place: int) -> None:
+        """Wait for the round in which the episode at ``place`` of the plans may ask."""
         if not self._held_back:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((key, future))
+        self._waiting.append((place, future))
         self._begin_if_complete()
         await future
 
@@ -277,9 +312,14 @@ class _Rounds:
 
     def _begin_if_complete(self) -> None:
         if self._waiting and len(self._waiting) == self._live:
-            for _, future in sorted(self._waiting, key=lambda entry: entry[0]):
+            # Later, because who came last does not wait yet: awaiting a future that is done, it would go first.
+            asyncio.get_running_loop().call_soon(self._begin)
+
+    def _begin(self) -> None:
+        for _, future in sorted(self._waiting, key=lambda entry: entry[0]):
+            if not future.done():  # cancelled
                 future.set_result(None)  # waiters wake in this order
-            self._waiting.clear()
+        self._waiting.clear()
 
 
 async def gold_episodes(
@@ -295,10 +335,9 @@ async def gold_episodes(
     """
     episodes: list[Trajectory] = []
     for plan in plans:
-        env = make_env()
-        speaker = GoldSpeaker(env, chat(env))
-        _, trajectory = await _Episode(env, chat(env), speaker, limits=limits).run(plan)
-        env.close()
+        with closing(make_env()) as env:
+            speaker = GoldSpeaker(env, chat(env))
+            _, trajectory = await _Episode(env, chat(env), speaker, limits=limits).run(plan)
         if not trajectory.reward > 0:
             raise AgentRLError(
                 f"the gold episode of task {trajectory.task_id!r} ended with {trajectory.stop_reason!r} and "
@@ -311,7 +350,8 @@ async def gold_episodes(
 def _grouped(plans: Sequence[EpisodePlan], outcomes: Sequence[tuple[Task, Trajectory]]) -> list[Group]:
     pairs = zip(plans, outcomes, strict=True)
     groups: list[Group] = []
-    for _, siblings in groupby(pairs, key=lambda pair: (pair[0].split, pair[0].index)):
+    # The seed parts two groups of the same task that happen to be neighbours.
+    for _, siblings in groupby(pairs, key=lambda pair: (pair[0].split, pair[0].index, pair[0].env_seed)):
         members = [outcome for _, outcome in siblings]
         groups.append(Group(members[0][0], tuple(trajectory for _, trajectory in members)))
     return groups
@@ -330,3 +370,7 @@ def _invalid(plan: EpisodePlan, task: Task, fault: str) -> Trajectory:
         valid=False,
         fault=fault,
     )
+
+
+def _name(env: Env) -> str:
+    return f"environment {type(env.unwrapped).__qualname__}"

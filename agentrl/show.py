@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group as Lines
 from rich.console import RenderableType
 from rich.panel import Panel
@@ -63,8 +64,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     columns = [name for name in ("before", "after", "gain") if isinstance(summary.get(name), Mapping)]
     measures = dict.fromkeys(measure for name in columns for measure in _measures(summary[name]))
     tasks = f" on {summary['tasks']} held-out tasks" if "tasks" in summary else ""
-    table = Table(title=f"pass@k{tasks}, 95 % intervals", title_justify="left")
-    table.add_column("measure")
+    table = Table(title=f"pass@k{tasks}, 95 % intervals", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for measure in measures:
@@ -182,7 +183,7 @@ def _with_interval(estimate: Mapping[str, float | None] | None, signed: bool) ->
         return "-"
     sign = "+" if signed else ""
     bounds = [estimate.get("low"), estimate.get("high")]
-    interval = "" if None in bounds else f"  [{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"
+    interval = "" if None in bounds else f" [{bounds[0]:{sign}.3f}, {bounds[1]:{sign}.3f}]"
     return f"{estimate['value']:{sign}.3f}{interval}"
 
 

@@ -2,7 +2,8 @@
 
 Rollouts may run ahead of the update by ``algorithm.max_staleness`` versions; 0 is strictly on-policy.
 Held-out tasks are measured before, every ``evaluation.every`` steps and after. Ctrl-C and SIGTERM let the
-step finish, save, and say how to resume; a second Ctrl-C stops at once.
+step finish, save, and say how to resume; a second one stops at once, as does one before or after the steps,
+where nothing would be saved.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -24,7 +26,7 @@ import torch
 
 from agentrl.advantages import ADVANTAGES, group_relative
 from agentrl.chats import Chats
-from agentrl.checkpoint import Checkpoints, State
+from agentrl.checkpoint import Checkpoints, State, check_same_configuration
 from agentrl.config import RunConfig, config_digest, dump_config
 from agentrl.configfile import load_config
 from agentrl.engine import Adapter, Sampling
@@ -68,18 +70,23 @@ def train(
     ``source`` is a YAML file, a packaged configuration's name, an environment's name or a mapping;
     ``overrides`` are ``key=value``; ``model`` replaces the configured one. The summary is what
     ``summary.json`` holds: before, after and gain with 95 % intervals; ``{"stopped_at": step}`` where a
-    signal ended the run early. Raises UserError.
+    signal ended the run early. Raises UserError, and KeyboardInterrupt for a signal between the steps' ends.
     """
     config = source if isinstance(source, RunConfig) else load_config(source, overrides, model=model)
     with _StopSignal() as stop:
-        return run_sync(_Run(config, stop, resume=resume).run())
+        try:
+            return run_sync(_Run(config, stop, resume=resume).run())
+        except KeyboardInterrupt:
+            Display().note("interrupted; the same command with --resume goes on from what was saved last")
+            raise
 
 
 class _StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a request that the loop reads between steps."""
+    """Turns the first Ctrl-C or SIGTERM while steps run into a request that the loop reads between them."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._held = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -88,8 +95,17 @@ class _StopSignal:
                 self._before[number] = signal.signal(number, self._request)
         return self
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While this is open a signal waits; outside it interrupts."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested or not self._held:
             raise KeyboardInterrupt
         self.requested = True
 
@@ -107,14 +123,18 @@ class _Run:
         self._checkpoints = Checkpoints(self._folder.checkpoints, keep=config.checkpoint.keep)
         self._digest = config_digest(config)
         self._began = time.perf_counter()
+        self._done = 0  # steps
+        self._version = 0  # of the adapter
 
     async def run(self) -> Summary:
         """Prepare, evaluate, train, evaluate."""
-        if self._resume and self._folder.summary.is_file():
-            return dict(json.loads(self._folder.summary.read_text()))  # nothing is left to do
+        if self._resume:
+            check_same_configuration(self._folder.config, dump_config(self._config))
+            if self._folder.summary.is_file():
+                Display().note(f"{self._folder.root} is finished already: see its summary.json")
+                return dict(json.loads(self._folder.summary.read_text(encoding="utf-8")))
         latest = self._checkpoints.latest() if self._resume else None
         restored = self._checkpoints.read(latest, digest=self._digest) if latest else None
-        done = restored[0].step if restored else 0
         with (
             Display() as self._display,
             RunLog(
@@ -122,19 +142,23 @@ class _Run:
                 config_text=dump_config(self._config),
                 trackers=self._config.log.trackers,
                 transcripts=self._config.log.transcripts,
-                resume_after=done if self._resume else None,
+                resume_after=restored[0].step if restored else 0 if self._is_prepared() else None,
             ) as self._log,
         ):
             await self._load()
             try:
+                before = await self._before()
                 if restored:
                     await self._restore(*restored)
-                before = await self._before(done)
-                if not await self._steps(done):
+                if not await self._steps():
                     return {"stopped_at": self._done}
                 return await self._finish(before)
             finally:
                 await self._engine.close()
+
+    def _is_prepared(self) -> bool:
+        """Whether a resumed run finds its base; without it, it begins anew."""
+        return self._resume and (self._config.warm_start is None or self._folder.warm_start.is_dir())
 
     async def _load(self) -> None:
         """The base model, the engine and the learner over it, and what episodes need."""
@@ -152,14 +176,14 @@ class _Run:
             optimizer=config.optimizer,
             batch=config.batch,
             steps=config.steps,
+            seed=derive(config.seed, "adapter"),
         )
-        self._version = 0
         self._rollouts = self._make_rollouts(chats)
         self._schedule = make_schedule(config, self._make_env(), "train")
 
     async def _restore(self, state: State, adapter: Adapter, optimizer: dict[str, Any]) -> None:
         self._learner.restore(adapter, optimizer)
-        self._version = state.version
+        self._done, self._version = state.step, state.version
         await self._engine.load(adapter, state.version)
 
     def _make_env(self) -> Env:
@@ -177,43 +201,49 @@ class _Run:
 
     # -- steps --
 
-    async def _steps(self, start: int) -> bool:
-        """Train from ``start`` steps done to the end; False where a signal ended it early."""
-        config, ahead, following = self._config, deque[asyncio.Task[list[Group]]](), start
-        self._done = start
-        with self._display.bar("training", total=config.steps) as bar:
-            bar.advance(start)
-            for step in range(start, config.steps):
+    async def _steps(self) -> bool:
+        """Train to the end; False where a signal ended it early."""
+        config, ahead, following = self._config, deque[asyncio.Task[list[Group]]](), self._done
+        stopped = False
+        with self._stop.held(), self._display.bar("training", total=config.steps) as bar:
+            bar.advance(self._done)
+            while self._done < config.steps and not stopped:
                 while len(ahead) <= config.algorithm.max_staleness and following < config.steps:
                     ahead.append(asyncio.create_task(self._roll_out(following)))
                     following += 1
-                began = time.perf_counter()
-                groups = await ahead.popleft()
-                row = describe_groups(groups) | {"time/rollout_s": time.perf_counter() - began}
-                row |= await self._update(step, groups)
-                self._done = step + 1
-                row["time/step_s"] = time.perf_counter() - began
-                self._log.step(self._done, row)
-                self._log.transcripts(self._done, groups)
-                bar.advance(note=f"reward {row.get('reward/mean', float('nan')):.3f}")
-                every = config.evaluation.every
-                if every and self._done % every == 0 and self._done < config.steps:
-                    point = _point(await self._evaluate(tasks=config.evaluation.curve_tasks))
-                    self._log.step(self._done, point, phase="evaluation")
-                if self._stop.requested:
-                    break
-                if self._done % config.checkpoint.every == 0:
-                    self._save()
+                reward = await self._step(ahead.popleft())
+                bar.advance(note=f"reward {reward:.3f}")
+                stopped = self._stop.requested
+                if stopped or self._is_saved_at(self._done):
+                    path = self._save()
         for task in ahead:
             task.cancel()
-        if start < config.steps:
-            path = self._save()
-            if self._stop.requested:
-                self._display.note(
-                    f"stopped after step {self._done} of {config.steps}, saved in {path}; "
-                    "go on with the same command and --resume"
-                )
-        return not self._stop.requested
+        if stopped:
+            self._display.note(
+                f"stopped after step {self._done} of {config.steps}, saved in {path}; "
+                "go on with the same command and --resume"
+            )
+        return not stopped
+
+    def _is_saved_at(self, step: int) -> bool:
+        return step == self._config.steps or step % self._config.checkpoint.every == 0
+
+    async def _step(self, rollout: asyncio.Task[list[Group]]) -> float:
+        """One step from its rollouts to its row, and a point of the curve where one is due; the mean
+        reward."""
+        began = time.perf_counter()
+        groups = await rollout
+        row = describe_groups(groups) | {"time/rollout_s": time.perf_counter() - began}
+        row |= await self._update(self._done, groups)
+        row["time/step_s"] = time.perf_counter() - began
+        self._done += 1
+        self._log.step(self._done, row)
+        self._log.transcripts(self._done, groups)
+        settings = self._config.evaluation
+        if settings.every and self._done % settings.every == 0 and self._done < self._config.steps:
+            evaluation = await self._evaluate(tasks=settings.curve_tasks)
+            self._log.step(self._done, _point(evaluation), phase="evaluation")
+        return row.get("reward/mean", float("nan"))
 
     async def _roll_out(self, step: int) -> list[Group]:
         """The groups of a step."""
@@ -235,21 +265,19 @@ class _Run:
         return await self._rollouts.groups(plans, sampling=sampling)
 
     async def _update(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
-        """One update and the swap of the adapter in the engine; nothing where no group is informative."""
-        samples = self._with_advantages(step, groups)
-        if not any(sample.advantages is not None and sample.advantages.any() for sample in samples):
-            return {"time/update_s": 0.0, "time/load_s": 0.0}
+        """One update and the swap of the adapter in the engine; no swap where nothing was learnt."""
         began = time.perf_counter()
         metrics = await in_compute_thread(
             self._learner.update,
-            samples,
+            self._with_advantages(step, groups),
             step=step,
             temperature=self._config.rollout.temperature,
             seed=derive(self._config.seed, "minibatches", step),
         )
         updated = time.perf_counter()
-        self._version += 1
-        await self._engine.load(self._learner.publish(), self._version)
+        if metrics:
+            self._version += 1
+            await self._engine.load(self._learner.publish(), self._version)
         swap = {"time/update_s": updated - began, "time/load_s": time.perf_counter() - updated}
         return metrics | swap
 
@@ -275,10 +303,10 @@ class _Run:
 
     # -- evaluations --
 
-    async def _before(self, done: int) -> Measurement:
+    async def _before(self) -> Measurement:
         """The base's measurement: made now, or read back where the run goes on behind it."""
         path = self._folder.before
-        if done and path.is_file():
+        if path.is_file():
             return Measurement.read(path)
         measured = await self._measure("before")
         measured.write(path)
@@ -292,7 +320,7 @@ class _Run:
         summary = {
             "before": before.figures,
             "after": after.figures,
-            "gain": {name: dataclasses.asdict(estimate) for name, estimate in gain.items()},
+            "gain": {name: one and dataclasses.asdict(one) for name, one in gain.items()},
             "tasks": len(after.sampled.counts),
             "steps": self._config.steps,
             "seed": self._config.seed,

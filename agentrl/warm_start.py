@@ -7,12 +7,11 @@ The same samples and masks as in training: only what the assistant says carries 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from agentrl.batches import Batch
@@ -20,16 +19,15 @@ from agentrl.checkpoint import write_folder
 from agentrl.config import BatchConfig, LoraConfig, OptimizerConfig, WarmStartConfig
 from agentrl.learner import Optimization, adapt
 from agentrl.losses import nll_loss
+from agentrl.schedule import Schedule
 from agentrl.seeds import derive
 from agentrl.types import Sample
 
 __all__ = ["WarmStart"]
 
-Probe = Callable[[], float]  # pass@1 of the model as it is
-
 
 @dataclass(frozen=True, slots=True)
-class Nll:
+class _Nll:
     """The supervised loss of one optimizer step."""
 
     trained_tokens: int
@@ -52,7 +50,8 @@ class WarmStart:
         seed: int,
     ) -> None:
         self._model, self._settings, self._seed = model, settings, seed
-        self._policy = adapt(model, lora) if settings.lora else None
+        adapter_seed = derive(seed, "warm start adapter")
+        self._policy = adapt(model, lora, seed=adapter_seed) if settings.lora else None
         if self._policy is None:
             model.requires_grad_(True)
         self._optimization = Optimization(
@@ -67,25 +66,17 @@ class WarmStart:
         )
 
     def step(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
-        """One optimizer step (from 0) on ``settings.episodes_per_step`` of ``samples``; metrics are means
-        over tokens."""
-        chosen = self._choose(step, samples)
+        """One optimizer step (from 0) on ``settings.episodes_per_step`` of ``samples``, of which every pass
+        has an order of its own; metrics are means over tokens."""
+        count = self._settings.episodes_per_step
+        order = Schedule(len(samples), seed=self._seed, name="warm start samples")
+        chosen = [samples[index] for index in order.take(step * count, count)]
         tokens = sum(sample.trained_tokens for sample in chosen)
-        metrics = self._optimization.step(chosen, Nll(tokens), step=step)
+        dropout = derive(self._seed, "warm start dropout", step)
+        metrics = self._optimization.step(chosen, _Nll(tokens), step=step, seed=dropout)
         return {
             name: value / tokens if name.startswith("loss/") else value for name, value in metrics.items()
         }
-
-    def _choose(self, step: int, samples: Sequence[Sample]) -> list[Sample]:
-        """The next slice of a shuffled pass; every pass has an order of its own."""
-        chosen: list[Sample] = []
-        for position in range(
-            step * self._settings.episodes_per_step, (step + 1) * self._settings.episodes_per_step
-        ):
-            epoch, place = divmod(position, len(samples))
-            order = np.random.default_rng(derive(self._seed, "warm start", epoch)).permutation(len(samples))
-            chosen.append(samples[order[place]])
-        return chosen
 
     def save(self, path: Path, *, tokenizer: Any, dtype: torch.dtype) -> None:
         """Write the checkpoint, an adapter merged into it; whole or not at all."""

@@ -1,11 +1,12 @@
 """The batch that the embedded engine decodes: requests in the rows of a KV cache, advanced token by token.
 
-Not thread-safe, except ``interrupt``. Rows [0, active) are decoding; the rest are free or hold the tokens of
-a finished request whose conversation may go on.
+Not thread-safe, except ``interrupted``. Rows [0, active) are decoding; the rest are free or hold the tokens
+of a finished request whose conversation may go on.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from agentrl.engine import Sampling
 from agentrl.engines.cache import Decode, KVCache, Prefill, Span
 from agentrl.engines.sampling import draw, uniforms
+from agentrl.errors import AgentRLError
 from agentrl.models import backbone, head
 from agentrl.types import Finish, FloatArray, IntArray
 
@@ -56,7 +58,10 @@ class Batch:
     def __init__(self, model: Any, *, max_sequences: int, prefill_tokens: int) -> None:
         self.max_sequences = max_sequences
         self.device = model.get_input_embeddings().weight.device
-        self._model, self._head = model, head(model)
+        # Set it from any thread, and advance returns after the token that it is working on. Clear it before
+        # collecting what to admit: whatever comes later then interrupts, also before advance has begun.
+        self.interrupted = threading.Event()
+        self.model, self._head = model, head(model)
         self._prefill_tokens = prefill_tokens
         self._cache = KVCache(max_sequences)
         self._rows = np.zeros(max_sequences, _ROW)
@@ -65,30 +70,45 @@ class Batch:
         self._said = np.zeros((max_sequences, 64), np.int32)
         self._logprobs = np.zeros((max_sequences, 64), np.float32)
         self._clock = 0
-        self._interrupted = False
 
-    def interrupt(self) -> None:
-        """Have ``advance`` return after the token that it is working on."""
-        self._interrupted = True
+    def serve(self, model: Any) -> None:
+        """Decode with ``model`` from now on; every conversation is dropped, for its keys are of other
+        weights."""
+        self.model, self._head = model, head(model)
+        self._drop()
 
-    def forget(self) -> None:
-        """Drop what idle rows hold: the weights have changed."""
+    def reset(self) -> None:
+        """Drop every conversation and release the cache's memory."""
+        self._drop()
+        self._cache = KVCache(self.max_sequences)
+
+    def _drop(self) -> None:
+        self._requests.clear()
         self._held = [b""] * self.max_sequences
         self._rows["used"] = 0
 
     @torch.no_grad()
     def advance(self, fresh: list[Request]) -> list[Request]:
         """Admit ``fresh``, decode until a request finishes or someone interrupts, and return the finished
-        ones."""
-        self._interrupted = False
-        finished: list[Request] = []
+        ones.
+
+        Raises AgentRLError where the logits are not finite. After any error the batch is empty.
+        """
+        try:
+            return self._advance(fresh)
+        except BaseException:
+            self.reset()  # what was half computed must not pass for a conversation's past
+            raise
+
+    def _advance(self, fresh: list[Request]) -> list[Request]:
+        finished = self._release()  # what was cancelled since: its rows may be needed
         if fresh:
             self._prefill(fresh)
-            finished = self._release()
+            finished += self._release()
         while self._requests and not finished:
             self._decode()
             finished = self._release()
-            if self._interrupted:
+            if self.interrupted.is_set():
                 break
         return finished
 
@@ -97,6 +117,8 @@ class Batch:
     def _prefill(self, fresh: list[Request]) -> None:
         """Compute what is new in each prompt, the same prompt only once, and sample each request's first
         token."""
+        # Conversations that go on take their rows before new ones look for a row to overwrite.
+        fresh = sorted(fresh, key=lambda request: not self._past(request.prompt_ids.tobytes())[1])
         first = len(self._requests)
         leaders: dict[bytes, tuple[int, int]] = {}  # prompt -> its row, and its place among the spans
         spans: list[Span] = []
@@ -170,7 +192,7 @@ class Batch:
             pieces = [
                 self._requests[span.row].prompt_ids[span.start : span.start + span.count] for span in pack
             ]
-            hidden = backbone(self._model, self._tensor(np.concatenate(pieces)), plan.positions, plan)
+            hidden = backbone(self.model, self._tensor(np.concatenate(pieces)), plan.positions, plan)
             for span, end in zip(pack, np.cumsum([span.count for span in pack]), strict=True):
                 if span.start + span.count == len(self._requests[span.row].prompt_ids):
                     last.append(hidden[end - 1])
@@ -183,7 +205,7 @@ class Batch:
         """One more token for every active row."""
         rows = self._rows[: len(self._requests)]
         plan = Decode(self._cache, self._tensor(rows["length"]))
-        hidden = backbone(self._model, self._tensor(rows["last"]), plan.positions, plan)
+        hidden = backbone(self.model, self._tensor(rows["last"]), plan.positions, plan)
         rows["length"] += 1
         self._sample(0, self._head(hidden))
 
@@ -201,6 +223,12 @@ class Batch:
         rows["last"] = tokens.cpu().numpy()
         self._said[index, rows["count"]] = rows["last"]
         self._logprobs[index, rows["count"]] = logprobs.cpu().numpy()
+        if not np.isfinite(self._logprobs[index, rows["count"]]).all():
+            raise AgentRLError(
+                f"{type(self.model).__name__} gave logits that are not finite: its weights have diverged, or "
+                "its dtype is too small for them; go back to an earlier checkpoint with a lower "
+                "optimizer.learning_rate, or set model.dtype to float32"
+            )
         rows["count"] += 1
 
     def _release(self) -> list[Request]:
@@ -229,7 +257,7 @@ class Batch:
         self._requests.pop()
 
     def _tensor(self, values: Any) -> Tensor:
-        return torch.as_tensor(np.ascontiguousarray(values, np.int64), device=self.device)
+        return torch.as_tensor(np.array(values, np.int64), device=self.device)  # rows change, plans do not
 
 
 _ID_BYTES = 4  # token ids are int32

@@ -42,17 +42,20 @@ class KVCache:
             self._layers[layer] = key, value
 
     def _grown(self, part: Tensor) -> Tensor:
-        new = part.new_zeros(part.shape[0], part.shape[1], self._capacity, part.shape[3])
+        new = self._zeros(part[0])
         new[:, :, : part.shape[2]] = part
         return new
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        """Room for all rows of ``like`` (kv_heads, N, head_dim); values may be narrower than keys."""
+        return like.new_zeros(self._rows, like.shape[0], self._capacity, like.shape[2])
 
     def write(self, layer: int, rows: Tensor, positions: Tensor, *, key: Tensor, value: Tensor) -> None:
         """Store ``key`` and ``value`` (kv_heads, N, head_dim) of N tokens at their ``rows`` and ``positions``
         (N,)."""
         if layer not in self._layers:
-            shape = self._rows, key.shape[0], self._capacity, key.shape[2]
             # Zeros, not empty: a masked position has weight 0, but 0 times an uninitialised NaN is NaN.
-            self._layers[layer] = key.new_zeros(shape), value.new_zeros(shape)
+            self._layers[layer] = self._zeros(key), self._zeros(value)
         keys, values = self._layers[layer]
         keys[rows, :, positions] = key.transpose(0, 1)
         values[rows, :, positions] = value.transpose(0, 1)
@@ -98,6 +101,7 @@ class Prefill:
         self._row_of_token = torch.tensor([span.row for span in spans], device=device).repeat_interleave(
             counts
         )
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
         cache.reserve(max(span.start + span.count for span in spans))
 
     def attend(
@@ -110,7 +114,7 @@ class Prefill:
             end, length = begin + span.count, span.start + span.count
             keys, values = self._cache.read(layer, span.row, length)
             plain = span.start == 0 and (window is None or length <= window)
-            mask = None if plain else window_mask(span.count, length, window, query.device)
+            mask = None if plain else self._mask(span.count, length, window)
             out = scaled_dot_product_attention(
                 query[None, :, begin:end],
                 keys[None],
@@ -123,6 +127,13 @@ class Prefill:
             outputs.append(out[0].transpose(0, 1))
             begin = end
         return torch.cat(outputs)
+
+    def _mask(self, count: int, length: int, window: int | None) -> Tensor:
+        """Layers share masks, and so do spans of one shape."""
+        shape = count, length, window
+        if shape not in self._masks:
+            self._masks[shape] = window_mask(count, length, window, self.positions.device)
+        return self._masks[shape]
 
 
 class Decode:

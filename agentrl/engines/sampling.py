@@ -36,7 +36,8 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Tokens (n,) int64 and their logprobs (n,) float32 in nats, of the distribution sampled from.
 
-    A greedy token's logprob is that of the distribution at temperature 1.
+    A greedy token's logprob is that of the distribution at temperature 1. Logits that are not finite give
+    logprobs that are not finite.
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -51,14 +52,15 @@ def draw(
 
 
 def _filter(logprobs: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Renormalised logprobs with everything outside the top-k and the nucleus at -inf."""
-    ordered, order = logprobs.sort(-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()  # probability of everything likelier
+    """Renormalised logprobs with everything outside the top-k, and then outside its nucleus, at -inf."""
+    ordered, order = logprobs.sort(stable=True, dim=-1, descending=True)
     rank = torch.arange(logprobs.shape[1], device=logprobs.device)
     limit = torch.where(top_k > 0, top_k, logprobs.shape[1])
-    drop = (rank >= limit[:, None]) | (before >= top_p[:, None])
-    drop[:, 0] = False
-    kept = torch.empty_like(logprobs).scatter_(1, order, ordered.masked_fill(drop, -torch.inf))
+    ordered = ordered.masked_fill(rank >= limit[:, None], -torch.inf).log_softmax(-1)
+    before = ordered.exp().cumsum(-1, dtype=torch.float64) - ordered.exp()  # of everything likelier
+    outside = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounding may lift the sum above 1
+    outside[:, 0] = False
+    kept = torch.empty_like(logprobs).scatter_(1, order, ordered.masked_fill(outside, -torch.inf))
     return kept.log_softmax(-1)
 
 
@@ -71,7 +73,9 @@ def _inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
     blocks = probabilities.view(len(probabilities), -1, _BLOCK)
     block, rest = _locate(blocks.sum(-1), uniform)
     inside = blocks[torch.arange(len(block), device=block.device), block]
-    return block * _BLOCK + _locate(inside, rest / inside.sum(-1, dtype=torch.float64).clamp_min(1e-300))[0]
+    place, _ = _locate(inside, rest / inside.sum(-1, dtype=torch.float64).clamp_min(1e-300))
+    # NaN has no place: anywhere will do, but inside the vocabulary.
+    return (block * _BLOCK + place).clamp_max(probabilities.shape[1] - padding - 1)
 
 
 def _locate(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

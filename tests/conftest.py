@@ -1,0 +1,206 @@
+"""What tests share: a fake for each seam, a tiny model made once, a small environment, and what is skipped.
+
+Fakes come as fixtures, because test modules import nothing from one another: ``scripted_engine("reply 1",
+"reply 2")`` gives an engine that says these, turn by turn, in every episode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agentrl.engine import Adapter, Sampling
+from agentrl.env import Env, ToolEnv
+from agentrl.errors import ToolError
+from agentrl.reward import Evidence
+from agentrl.tools import tool
+from agentrl.types import Completion, Finish, FloatArray, IntArray, Message, Task, ToolCall
+
+# -- what a machine may lack: a skip for a user, a failure where AGENTRL_REQUIRE=docker,vllm,gpu names it --
+
+
+@functools.cache
+def _lacks(what: str) -> str:
+    """Why tests that need ``what`` can't run; "" where they can."""
+    if what == "vllm":
+        return "" if importlib.util.find_spec("vllm") else "vLLM is not installed"
+    if what == "docker":
+        if shutil.which("docker") is None:
+            return "there is no docker command"
+        answer = subprocess.run(["docker", "info"], capture_output=True, timeout=30)
+        return "" if answer.returncode == 0 else "no Docker engine answers"
+    import torch
+
+    return "" if torch.cuda.is_available() else "there is no CUDA device"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = os.environ.get("AGENTRL_REQUIRE", "").split(",")
+    for what in ("docker", "vllm", "gpu"):
+        if item.get_closest_marker(what) is None or not _lacks(what):
+            continue
+        if what in required:
+            pytest.fail(f"{_lacks(what)}, and AGENTRL_REQUIRE names {what!r}", pytrace=False)
+        pytest.skip(_lacks(what))
+
+
+# -- the engine's seam --
+
+# A text, which ends its turn; token ids as they are; a failure; or what makes one of them of the prompt.
+Reply = str | Sequence[int] | BaseException | Callable[[IntArray], Any]
+ScriptedEngineFactory = Callable[..., "ScriptedEngine"]
+
+
+class ScriptedEngine:
+    """An engine that says ``replies`` turn by turn, the same in every episode, and remembers who asked what.
+
+    A conversation beyond the last reply hears the last again.
+    """
+
+    def __init__(self, tokenizer: Any, *replies: Reply) -> None:
+        self._tokenizer, self._replies = tokenizer, replies
+        self.requests: list[tuple[IntArray, Sampling]] = []  # in the order in which they came
+        self.batches: list[list[IntArray]] = []  # prompts that were asked for before one of them was answered
+        self.completions: list[Completion] = []  # in the order in which they were given
+        self.loaded: list[tuple[Adapter | None, int]] = []
+        self.closed = False
+        self._version = 0
+        self._turns: dict[bytes, int] = {}  # by prompt and completion: turns so far
+        self._answered = True  # since the last batch began
+
+    async def generate(self, prompt_ids: IntArray, sampling: Sampling) -> Completion:
+        """See :class:`agentrl.engine.Engine`."""
+        asked = prompt_ids.tobytes()
+        self.requests.append((prompt_ids, sampling))
+        if self._answered:
+            self.batches.append([])
+        self._answered = False
+        self.batches[-1].append(prompt_ids)
+        await asyncio.sleep(0)
+        self._answered = True
+        turn = max((turns for past, turns in self._turns.items() if asked.startswith(past)), default=0)
+        completion = self._completion(self._reply(turn, prompt_ids), sampling)
+        self._turns[asked + completion.token_ids.tobytes()] = turn + 1
+        self.completions.append(completion)
+        return completion
+
+    def _reply(self, turn: int, prompt_ids: IntArray) -> Any:
+        reply = self._replies[min(turn, len(self._replies) - 1)]
+        reply = reply(prompt_ids) if callable(reply) else reply
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def _completion(self, reply: str | Sequence[int], sampling: Sampling) -> Completion:
+        if isinstance(reply, str):
+            ids = [*self._tokenizer.encode(reply, add_special_tokens=False), self._tokenizer.eos_token_id]
+        else:
+            ids = list(reply)
+        ends = [place for place, token in enumerate(ids, 1) if token in sampling.stop_token_ids]
+        size = min([*ends[:1], sampling.max_tokens, len(ids)])
+        finish: Finish = "stop" if ends and ends[0] <= size else "length"
+        logprobs = -np.random.default_rng(sampling.seed).exponential(size=size)
+        return Completion(ids[:size], logprobs, np.full(size, self._version), finish)
+
+    async def score(self, token_ids: IntArray, temperature: float) -> FloatArray:
+        """See :class:`agentrl.engine.Engine`."""
+        return np.zeros(len(token_ids), np.float32)
+
+    async def load(self, adapter: Adapter | None, version: int) -> None:
+        """See :class:`agentrl.engine.Engine`."""
+        self.loaded.append((adapter, version))
+        self._version = version
+
+    async def close(self) -> None:
+        """See :class:`agentrl.engine.Engine`."""
+        self.closed = True
+
+
+@pytest.fixture(scope="session")
+def scripted_engine(tokenizer: Any) -> ScriptedEngineFactory:
+    """Makes a ScriptedEngine over the tiny tokenizer."""
+    return functools.partial(ScriptedEngine, tokenizer)
+
+
+# -- a small environment --
+
+
+def _equals_truth(evidence: Evidence) -> float:
+    return float(evidence.answer == evidence.task.truth["answer"])
+
+
+class Sums(ToolEnv):
+    """Adds two numbers with a tool; the answer is the sum and nothing else."""
+
+    reward = _equals_truth
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        first = {"train": 1, "test": 51}[split]
+        return [
+            Task(
+                id=f"{split}-{a}",
+                prompt=(Message("user", f"{a} + 2?"),),
+                truth={"answer": str(a + 2), "a": a},
+            )
+            for a in range(first, first + 12)
+        ]
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        call = ToolCall(id="call_0", name="add", arguments={"a": task.truth["a"], "b": 2})
+        return (Message("assistant", "", (call,)), Message("assistant", task.truth["answer"]))
+
+    @tool
+    async def add(self, a: int, b: int) -> int:
+        """Add two numbers."""
+        if a > 1000:
+            raise ToolError("too large")
+        return a + b
+
+
+@pytest.fixture(scope="session")
+def sums() -> type[Env]:
+    """The environment's class; made without arguments."""
+    return Sums
+
+
+# -- a tiny model --
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 of some ten thousand weights with a tokenizer that knows the small environment's words."""
+    from agentrl.tiny import TinyShape, make_tiny_model
+
+    path = tmp_path_factory.mktemp("tiny_checkpoint")
+    shape = TinyShape(
+        hidden_size=16, intermediate_size=32, layers=2, heads=2, kv_heads=1, vocab_size=320, max_position=512
+    )
+    texts = ['Add two numbers. 1 + 2? {"name": "add", "arguments": {"a": 1, "b": 2}} 3'] * 20
+    make_tiny_model(path, texts=texts, seed=0, shape=shape)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_checkpoint: Path) -> Any:
+    """The tiny model's tokenizer."""
+    from agentrl.models import load_tokenizer
+
+    return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def make_model(tiny_checkpoint: Path) -> Callable[..., Any]:
+    """Loads the tiny model anew: ``make_model(dtype="float64")``."""
+    from agentrl.models import load_model
+
+    return functools.partial(load_model, tiny_checkpoint)

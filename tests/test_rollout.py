@@ -1,0 +1,503 @@
+"""Episodes: token-exact, each waiting for nobody else, and three faults with three fates."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentrl.chats import Chats
+from agentrl.config import RolloutConfig
+from agentrl.engine import Engine, Sampling
+from agentrl.env import Env, Step, ToolEnv
+from agentrl.errors import AgentRLError, EngineError, UserError, WorldError
+from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
+from agentrl.samples import to_samples
+from agentrl.tools import tool
+from agentrl.types import Completion, Group, Message, Task, Trajectory
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+BAD_CALLS = (
+    '<tool_call>{"name": "add", "arguments": {"a": 1,</tool_call>',
+    '<tool_call>{"name": "add", "arguments": {"a": "x", "b": 2}}</tool_call>',
+    '<tool_call>{"name": "subtract", "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}',
+    "<tool_call>[1, 2]</tool_call>",
+)
+TOO_LARGE = '<tool_call>{"name": "add", "arguments": {"a": 2000, "b": 2}}</tool_call>'
+SAMPLING = Sampling(max_tokens=1, seed=0)
+
+
+def plans(*, tasks: int = 1, siblings: int = 1) -> list[EpisodePlan]:
+    return [
+        EpisodePlan(split="train", index=index, sibling=sibling, env_seed=index, seed=100 * index + sibling)
+        for index in range(tasks)
+        for sibling in range(siblings)
+    ]
+
+
+def run(
+    make_env: Callable[[], Env],
+    engine: Engine,
+    chats: Chats,
+    *,
+    planned: Sequence[EpisodePlan] | None = None,
+    in_flight: int = 8,
+    deterministic: bool = False,
+    on_episode: Callable[[], None] = lambda: None,
+    **limits: Any,
+) -> list[Group]:
+    limits = {"max_turn_tokens": 64, "max_episode_tokens": 512, "deadline_s": 5.0} | limits
+    rollouts = Rollouts(
+        make_env,
+        chat=chats,
+        engine=engine,
+        limits=RolloutConfig(**limits),
+        in_flight=in_flight,
+        deterministic=deterministic,
+    )
+    planned = plans() if planned is None else planned
+    groups = rollouts.groups(planned, sampling=SAMPLING, on_episode=on_episode)
+    return asyncio.run(asyncio.wait_for(groups, timeout=30))
+
+
+def only(groups: Sequence[Group]) -> Trajectory:
+    (group,) = groups
+    (trajectory,) = group.trajectories
+    return trajectory
+
+
+@pytest.fixture(scope="module")
+def chats(tokenizer: Any) -> Chats:
+    return Chats(tokenizer)
+
+
+class Desk(ToolEnv):
+    """One task again and again; subclasses misbehave."""
+
+    made: list[Env]
+    closed: list[Env]  # in threads, where += 1 would not do
+
+    def __init__(self) -> None:
+        self.made.append(self)
+        super().__init__()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.made, cls.closed = [], []
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(id=f"{split}-{index}", prompt=(Message("user", "1 + 2?"),)) for index in range(4)]
+
+    def reward(self, evidence: Any) -> float:
+        return float(evidence.answer == "3")
+
+    def close(self) -> None:
+        self.closed.append(self)
+
+
+# -- tokens --
+
+
+def test_an_episode_is_what_was_asked_and_said(
+    sums: type[Env], scripted_engine: Any, chats: Chats, tokenizer: Any
+) -> None:
+    engine = scripted_engine(CALL, "3")
+    trajectory = only(run(sums, engine, chats))
+    assert (trajectory.stop_reason, trajectory.reward, trajectory.valid) == ("answered", 1.0, True)
+    assert [message.role for message in trajectory.messages] == ["user", "assistant", "tool", "assistant"]
+    assert trajectory.messages[2].content == "3"
+    assert trajectory.score is not None
+    assert trajectory.score.value == 1.0
+    text = tokenizer.decode(trajectory.prompt_ids(1))
+    assert text.endswith("<tool_response>3</tool_response><|im_end|>\n<|im_start|>assistant\n")
+
+
+def texts() -> st.SearchStrategy[str]:
+    call = st.sampled_from([CALL, TOO_LARGE, *BAD_CALLS])
+    answer = st.sampled_from(["3", "", "so <|im_start|> it is é"])
+    return st.one_of(call, answer, st.tuples(call, call).map("".join), st.tuples(answer, call).map(" ".join))
+
+
+def replies() -> st.SearchStrategy[Any]:
+    return st.one_of(texts(), st.lists(st.integers(0, 299), min_size=1, max_size=40))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    said=st.lists(replies(), min_size=1, max_size=6),
+    turn=st.integers(1, 80),
+    room=st.integers(1, 300),
+    first=texts(),
+)
+def test_samples_hold_the_ids_that_were_asked_and_said_and_train_on_those_said(
+    sums: type[Env],
+    scripted_engine: Any,
+    chats: Chats,
+    said: list[Any],
+    turn: int,
+    room: int,
+    first: str,
+) -> None:
+    engine = scripted_engine(first, *said)
+    env = sums()
+    opening = len(chats(env).open(env.reset(seed=0, options={"split": "train", "index": 0})[0]))
+    context = opening + max(room, turn)
+    trajectory = only(run(sums, engine, chats, max_turn_tokens=turn, max_episode_tokens=context))
+
+    assert trajectory.valid
+    assert len(trajectory.turns) == len(engine.requests) == len(engine.completions)
+    (sample,) = to_samples(trajectory)
+    asked, last = engine.requests[-1][0], engine.completions[-1]
+    assert sample.token_ids.tolist() == [*asked, *last.token_ids]
+    expected, logprobs = np.zeros(len(sample.token_ids), bool), np.zeros(len(sample.token_ids), np.float32)
+    for (prompt_ids, _), completion in zip(engine.requests, engine.completions, strict=True):
+        start, stop = len(prompt_ids), len(prompt_ids) + len(completion.token_ids)
+        assert sample.token_ids[:stop].tolist() == [*prompt_ids, *completion.token_ids]
+        expected[start:stop], logprobs[start:stop] = True, completion.logprobs
+    assert sample.mask.tolist() == expected.tolist()
+    assert sample.logprobs.tolist() == logprobs.tolist()
+    assert len(sample.token_ids) <= context
+    assert max(len(completion.token_ids) for completion in engine.completions) <= turn
+
+
+def test_every_turn_is_sampled_with_a_seed_of_its_own_and_the_same_when_run_again(
+    sums: type[Env], scripted_engine: Any, chats: Chats
+) -> None:
+    seeds = []
+    for in_flight in (1, 6):
+        engine = scripted_engine(CALL, "3")
+        run(sums, engine, chats, planned=plans(tasks=3, siblings=2), in_flight=in_flight)
+        seeds.append(sorted(sampling.seed for _, sampling in engine.requests))
+    assert seeds[0] == seeds[1]
+    assert len(set(seeds[0])) == 12
+
+
+def test_the_chats_stop_tokens_end_a_turn(sums: type[Env], scripted_engine: Any, chats: Chats) -> None:
+    engine = scripted_engine("3")
+    run(sums, engine, chats)
+    assert engine.requests[0][1].stop_token_ids == chats(sums()).stop_token_ids
+
+
+# -- budgets --
+
+
+def test_a_turn_that_is_cut_off_ends_the_episode_and_its_calls_are_not_run(
+    sums: type[Env], scripted_engine: Any, chats: Chats
+) -> None:
+    trajectory = only(run(sums, scripted_engine(CALL + " and so on" * 20), chats, max_turn_tokens=60))
+    assert trajectory.stop_reason == "length"
+    assert [message.role for message in trajectory.messages] == ["user", "assistant"]
+    assert len(trajectory.messages[-1].tool_calls) == 1
+    assert len(trajectory.turns[0].completion.token_ids) == 60
+
+
+def test_an_episode_without_room_for_another_turn_is_scored_as_it_stands(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Wordy(Desk):
+        @tool
+        async def add(self, a: int, b: int) -> str:
+            """Add."""
+            return "3" * 400
+
+        def reward(self, evidence: Any) -> float:
+            return 0.25
+
+    trajectory = only(run(Wordy, scripted_engine(CALL), chats, max_episode_tokens=200))
+    assert (trajectory.stop_reason, trajectory.reward, len(trajectory.turns)) == ("context", 0.25, 1)
+
+
+def test_a_turn_never_outgrows_the_context(sums: type[Env], scripted_engine: Any, chats: Chats) -> None:
+    known = scripted_engine(CALL, "3")
+    run(sums, known, chats)
+    context = len(known.requests[1][0]) + 5
+    trajectory = only(run(sums, scripted_engine(CALL, "3" * 40), chats, max_episode_tokens=context))
+    assert [len(turn.completion.token_ids) for turn in trajectory.turns][1:] == [5]
+    assert trajectory.stop_reason == "length"
+
+
+def test_an_opening_that_leaves_no_room_is_the_users_error(
+    sums: type[Env], scripted_engine: Any, chats: Chats
+) -> None:
+    with pytest.raises(
+        UserError, match=r"the opening of task 'train-1' has .* rollout.max_episode_tokens is 10"
+    ):
+        run(sums, scripted_engine("3"), chats, max_turn_tokens=10, max_episode_tokens=10)
+
+
+# -- who waits for whom --
+
+
+def test_a_slow_tool_does_not_delay_another_episodes_turn(scripted_engine: Any, chats: Chats) -> None:
+    others = asyncio.Event()
+
+    class Slow(Desk):
+        @tool
+        async def add(self, a: int, b: int) -> int:
+            """Add."""
+            if self.task.id == "train-0":
+                await others.wait()
+            return a + b
+
+    left = iter(range(3))
+
+    def on_episode() -> None:
+        if next(left) == 1:  # both others are done
+            others.set()
+
+    groups = run(
+        Slow, scripted_engine(CALL, "3"), chats, planned=plans(tasks=3), in_flight=3, on_episode=on_episode
+    )
+    assert [group.trajectories[0].reward for group in groups] == [1.0, 1.0, 1.0]
+
+
+def test_a_step_that_blocks_its_thread_does_not_delay_another_episodes_turn(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    others = threading.Event()
+
+    class Blocking(Env):
+        def tasks(self, split: str) -> Sequence[Task]:
+            return [Task(id=str(index), prompt=(Message("user", "1 + 2?"),)) for index in range(2)]
+
+        def step(self, action: Message) -> Step:
+            self.accept(action)
+            if self.task.id == "0":
+                assert others.wait(5)
+            return self.transition(score=1.0, stop_reason="answered")
+
+    groups = run(Blocking, scripted_engine("3"), chats, planned=plans(tasks=2), on_episode=others.set)
+    assert [group.trajectories[0].reward for group in groups] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_deterministic_batches_do_not_depend_on_how_long_tools_take(
+    scripted_engine: Any, chats: Chats, deterministic: bool
+) -> None:
+    class Timed(Desk):
+        slow: tuple[str, ...] = ()
+
+        @tool
+        async def add(self, a: int, b: int) -> int:
+            """Add."""
+            await asyncio.sleep(0.03 * (self.task.id in self.slow))
+            return a + b
+
+    def batches(*slow: str) -> list[list[list[int]]]:
+        Timed.slow = slow
+        # Prompts are alike, so an episode is told apart by what it says first; every third says no more.
+        numbers = itertools.count(1)
+        engine = scripted_engine(lambda _: f"{(n := next(numbers))} {CALL if n % 3 else n}", CALL, "3")
+        run(
+            Timed,
+            engine,
+            chats,
+            planned=plans(tasks=4, siblings=2),
+            in_flight=4,
+            deterministic=deterministic,
+        )
+        return [[ids.tolist() for ids in batch] for batch in engine.batches]
+
+    latencies = [(), ("train-0",), ("train-1", "train-2"), ("train-3",)]
+    first, *others = (batches(*slow) for slow in latencies)
+    assert all(other == first for other in others) == deterministic
+
+
+def test_siblings_see_the_same_start(scripted_engine: Any, chats: Chats) -> None:
+    class Drawn(Desk):
+        def opening(self, task: Task) -> tuple[Message, ...]:
+            return (Message("user", f"{self.np_random.integers(1 << 30)} + 2?"),)
+
+    groups = run(Drawn, scripted_engine("3"), chats, planned=plans(tasks=2, siblings=3))
+    starts = [{trajectory.messages[0].content for trajectory in group.trajectories} for group in groups]
+    assert [len(start) for start in starts] == [1, 1]
+    assert starts[0] != starts[1]
+
+
+def test_groups_come_in_the_plans_order_and_neighbours_of_one_task_stay_two(
+    sums: type[Env], scripted_engine: Any, chats: Chats
+) -> None:
+    planned = [
+        EpisodePlan(split="train", index=index, sibling=sibling, env_seed=place, seed=0)
+        for place, index in enumerate([2, 1, 1])
+        for sibling in range(2)
+    ]
+    groups = run(sums, scripted_engine("3"), chats, planned=planned, in_flight=3, deterministic=True)
+    assert [group.task.id for group in groups] == ["train-3", "train-2", "train-2"]
+    assert [len(group.trajectories) for group in groups] == [2, 2, 2]
+    assert [[t.sibling for t in group.trajectories] for group in groups] == [[0, 1]] * 3
+
+
+# -- the world's faults --
+
+
+def test_after_a_failure_of_the_world_the_episode_begins_anew_in_a_fresh_environment(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Shaky(Desk):
+        @tool
+        async def add(self, a: int, b: int) -> int:
+            """Add."""
+            if len(self.made) < 3:
+                raise WorldError("the sandbox is gone")
+            return a + b
+
+    trajectory = only(run(Shaky, scripted_engine(CALL, "3"), chats, retries=2))
+    assert (trajectory.valid, trajectory.reward, len(Shaky.made)) == (True, 1.0, 3)
+    assert Shaky.made == Shaky.closed
+    assert len(trajectory.turns) == 2
+
+
+def test_an_episode_that_the_world_fails_every_time_is_invalid_and_its_siblings_are_not(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Broken(Desk):
+        def setup(self, task: Task) -> None:
+            if task.id == "train-1":
+                raise WorldError("no such image")
+
+    groups = run(Broken, scripted_engine("3"), chats, planned=plans(tasks=2, siblings=2), retries=1)
+    assert [len(group.valid) for group in groups] == [2, 0]
+    failed = groups[1].trajectories[0]
+    assert (failed.task_id, failed.stop_reason, failed.fault) == ("train-1", "fault", "environment")
+    assert (failed.score, failed.turns) == (None, ())
+    assert len(Broken.made) == len(Broken.closed) == 2 + 2 * 2
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_failure_of_the_engine_is_retried_and_then_counted_as_its_own(
+    sums: type[Env], scripted_engine: Any, chats: Chats, deterministic: bool
+) -> None:
+    engine = scripted_engine(CALL, EngineError("out of memory"))
+    trajectory = only(run(sums, engine, chats, retries=2, deterministic=deterministic))
+    assert (trajectory.valid, trajectory.fault) == (False, "engine")
+    assert len(engine.requests) == 6
+
+    class Aborting(type(engine)):  # type: ignore[misc]
+        async def generate(self, prompt_ids: Any, sampling: Sampling) -> Completion:
+            return Completion([1], [0.0], [0], "aborted")
+
+    assert only(run(sums, Aborting(None), chats)).fault == "engine"
+
+
+def test_an_environment_that_outlasts_its_deadline_fails_like_the_world(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Hanging(Desk):
+        async def astep(self, action: Message) -> Step:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    trajectory = only(run(Hanging, scripted_engine("3"), chats, deadline_s=0.05, retries=1))
+    assert (trajectory.valid, trajectory.fault, len(Hanging.made)) == (False, "environment", 2)
+
+
+def test_a_hanging_reset_or_close_holds_nobody_up(scripted_engine: Any, chats: Chats) -> None:
+    over = threading.Event()
+
+    class Stuck(Desk):
+        def setup(self, task: Task) -> None:
+            if len(self.made) == 1:
+                over.wait(10)
+
+        def close(self) -> None:
+            over.wait(10)
+
+    trajectory = only(run(Stuck, scripted_engine("3"), chats, deadline_s=0.1))
+    over.set()
+    assert (trajectory.valid, trajectory.reward, len(Stuck.made)) == (True, 1.0, 2)
+
+
+def test_a_world_that_is_gone_at_the_close_does_not_spoil_the_episode(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Gone(Desk):
+        def close(self) -> None:
+            raise WorldError("the engine of the sandbox does not answer")
+
+    assert only(run(Gone, scripted_engine("3"), chats)).reward == 1.0
+
+
+# -- our faults --
+
+
+@pytest.mark.parametrize("bug", [KeyError("price"), TimeoutError("of somebody's socket")])
+def test_a_bug_in_an_environment_crashes_with_the_names_of_environment_and_task(
+    scripted_engine: Any, chats: Chats, bug: Exception
+) -> None:
+    class Buggy(Desk):
+        @tool
+        async def add(self, a: int, b: int) -> int:
+            """Add."""
+            raise bug
+
+    with pytest.raises(type(bug)) as caught:
+        run(Buggy, scripted_engine(CALL), chats, planned=plans(tasks=1, siblings=3))
+    notes = "\n".join(caught.value.__notes__)
+    assert "Buggy" in notes
+    assert "'train-0'" in notes
+    deadline = time.monotonic() + 5
+    while (
+        len(Buggy.closed) < 3 and time.monotonic() < deadline
+    ):  # closed in threads that a crash does not wait for
+        time.sleep(0.01)
+    assert set(Buggy.made) == set(Buggy.closed)
+
+
+def test_a_bug_outside_tools_is_named_too(scripted_engine: Any, chats: Chats) -> None:
+    class Plain(Env):
+        def tasks(self, split: str) -> Sequence[Task]:
+            return [Task(id=str(index), prompt=(Message("user", "1 + 2?"),)) for index in range(2)]
+
+        def step(self, action: Message) -> Step:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(Plain, scripted_engine("3"), chats, planned=plans(tasks=2)[1:])
+    assert any("task 1 of the split 'train'" in note and "Plain" in note for note in caught.value.__notes__)
+
+
+# -- gold --
+
+
+def test_gold_episodes_are_token_for_token_what_the_template_writes(
+    sums: type[Env], chats: Chats, tokenizer: Any
+) -> None:
+    limits = RolloutConfig(max_turn_tokens=64, max_episode_tokens=512)
+    episodes = asyncio.run(gold_episodes(sums, chats, plans(tasks=3), limits=limits))
+    for episode in episodes:
+        (sample,) = to_samples(episode)
+        rendered = chats(sums()).encode_conversation(episode.messages, generate=False).tolist()
+        assert rendered[: len(sample.token_ids)] == sample.token_ids.tolist()
+        assert tokenizer.decode(rendered[len(sample.token_ids) :]) == "\n"
+        trained = tokenizer.decode(sample.token_ids[sample.mask])
+        assert trained.count("<|im_end|>") == 2
+        assert trained.startswith("<tool_call>")
+        assert episode.reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "message"),
+    [
+        ((Message("assistant", "4"),), "ended with 'answered' and a reward of 0"),
+        ((), "goes on after the last gold message"),
+    ],
+)
+def test_a_wrong_gold_is_an_error(chats: Chats, gold: tuple[Message, ...], message: str) -> None:
+    class Wrong(Desk):
+        def gold(self, task: Task) -> Sequence[Message]:
+            return gold
+
+    limits = RolloutConfig(max_turn_tokens=64, max_episode_tokens=512)
+    with pytest.raises(AgentRLError, match=message):
+        asyncio.run(gold_episodes(Wrong, chats, plans(), limits=limits))
+    assert len(Wrong.made) == len(Wrong.closed) == 1

@@ -1,0 +1,492 @@
+"""The loop: end to end, stopped and resumed to the same numbers, from any caller."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import peft
+import pytest
+from transformers import AutoModelForCausalLM
+
+import agentrl
+from agentrl.engine import Adapter
+from agentrl.env import ToolEnv
+from agentrl.errors import BadConfig, WorldError
+from agentrl.learner import Learner
+from agentrl.log import Row, RunFolder, read_rows
+from agentrl.seeds import derive
+from agentrl.types import Message, Sample, Task
+
+SEED = 4
+
+
+class Letters(ToolEnv):
+    """Rewards an answer of an odd number of characters: half of what random weights say."""
+
+    on_score: ClassVar[Callable[[Letters], None]] = staticmethod(lambda env: None)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(id=f"{split}-{index}", prompt=(Message("user", f"Say {index}"),)) for index in range(5)]
+
+    def reward(self, evidence: Any) -> float:
+        type(self).on_score(self)
+        return float(len(evidence.answer) % 2)
+
+
+@pytest.fixture(autouse=True)
+def _calm() -> Iterator[None]:
+    yield
+    Letters.on_score = staticmethod(lambda env: None)
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., dict[str, Any]]:
+    """Four steps that take a few tenths of a second; sections given replace single settings."""
+
+    def make(name: str = "run", **changes: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "name": name,
+            "seed": SEED,
+            "steps": 4,
+            "output": str(tmp_path),
+            "environment": {"id": f"{__name__}:Letters"},
+            "model": {"path": str(tiny_checkpoint)},
+            "rollout": {"tasks_per_step": 3, "group_size": 4, "max_turn_tokens": 6, "max_episode_tokens": 64},
+            "lora": {"r": 2, "train_norms": True},
+            "optimizer": {"learning_rate": 1e-2},
+            "algorithm": {"minibatches": 2},
+            "engine": {"max_sequences": 8, "deterministic": True},
+            "evaluation": {"tasks": 3, "samples": 2, "k": [1, 2], "every": 2, "curve_tasks": 2},
+            "checkpoint": {"every": 3},
+            "log": {"trackers": []},
+        }
+        for key, change in changes.items():
+            values[key] = {**values[key], **change} if isinstance(change, Mapping) else change
+        return values
+
+    return make
+
+
+def rows(folder: Path) -> list[Row]:
+    """The metrics without what a clock says."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith("time/")}
+        for row in read_rows(RunFolder(folder))
+    ]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What the last checkpoint holds, by name."""
+    (path,) = (path for path in (folder / "checkpoints").iterdir() if path.name == "step_000004")
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def interrupt_in_step(step: int) -> Callable[[Letters], None]:
+    """Sends this process a Ctrl-C when an episode of ``step`` (from 0) is scored."""
+    sent: list[int] = []
+
+    def on_score(env: Letters) -> None:
+        if not sent and env.np_random_seed == derive(SEED, "environment", step, 0) % 2**32:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_score
+
+
+def test_the_calculator_is_trained_end_to_end_from_nothing(tmp_path: Path) -> None:
+    summary = agentrl.train(
+        {
+            "name": "calculator",
+            "steps": 2,
+            "output": str(tmp_path),
+            "environment": {"id": "calculator", "args": {"levels": [1], "max_operand": 9}},
+            "model": {
+                "tiny": {
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "layers": 2,
+                    "heads": 2,
+                    "kv_heads": 1,
+                    "vocab_size": 320,
+                    "texts": 40,
+                }
+            },
+            "warm_start": {
+                "episodes": 24,
+                "steps": 12,
+                "episodes_per_step": 8,
+                "learning_rate": 1e-2,
+                "probe_every": 6,
+                "probe_tasks": 6,
+                "until": 1.0,
+            },
+            "rollout": {
+                "tasks_per_step": 4,
+                "group_size": 4,
+                "max_turn_tokens": 32,
+                "max_episode_tokens": 192,
+            },
+            "lora": {"r": 4, "train_norms": True},
+            "engine": {"max_sequences": 16, "deterministic": True},
+            "evaluation": {
+                "tasks": 6,
+                "samples": 2,
+                "k": [1, 2],
+                "greedy": True,
+                "every": 1,
+                "curve_tasks": 3,
+            },
+        }
+    )
+    folder = tmp_path / "calculator"
+    assert summary == json.loads((folder / "summary.json").read_text())
+    for moment in ("before", "after"):
+        assert summary[moment]["tasks"] == 6
+        for measure in ("pass@1", "pass@2", "greedy"):
+            assert {"value", "low", "high"} <= summary[moment][measure].keys()
+    assert (summary["steps"], summary["tasks"], set(summary["gain"])) == (2, 6, {"pass@1", "pass@2"})
+    written = {path.name for path in folder.iterdir()}
+    assert written >= {"base", "warm_start", "before.json", "config.yaml", "curve.png", "metrics.jsonl"}
+    assert [path.name for path in sorted(folder.glob("trajectories/*"))] == [
+        "step_000001.jsonl",
+        "step_000002.jsonl",
+    ]
+    assert list(folder.glob("tensorboard/events*"))
+    assert not list(folder.rglob("*.partial"))
+    found = [(row["phase"], row["step"]) for row in rows(folder)]
+    assert found[:12] == [("warm_start", step) for step in range(1, 13)]
+    assert found[12:] == [("evaluation", 0), ("train", 1), ("evaluation", 1), ("train", 2), ("evaluation", 2)]
+    losses = [row["loss/nll"] for row in rows(folder)[:12]]
+    assert losses[-1] < losses[0] - 1
+    assert "probe/pass@1" in rows(folder)[5]
+    checkpoint = folder / "checkpoints" / "step_000002"
+    base = AutoModelForCausalLM.from_pretrained(folder / "warm_start")
+    assert peft.PeftModel.from_pretrained(base, str(checkpoint)).peft_config["default"].r == 4
+
+
+def test_a_run_that_was_stopped_and_resumed_has_the_numbers_of_one_that_was_not(
+    config: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = agentrl.train(config("whole"))
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    Letters.on_score = staticmethod(interrupt_in_step(1))
+    assert agentrl.train(config("parted")) == {"stopped_at": 2}
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    said = capsys.readouterr().out
+    assert "stopped after step 2 of 4" in said
+    assert "--resume" in said
+    assert [path.name for path in (tmp_path / "parted" / "checkpoints").iterdir()] == ["step_000002"]
+
+    parted = agentrl.train(config("parted"), resume=True)
+    assert rows(tmp_path / "parted") == rows(tmp_path / "whole")
+    assert any(row.get("loss/policy") for row in rows(tmp_path / "whole"))
+    one, other = files(tmp_path / "whole"), files(tmp_path / "parted")
+    assert (
+        one.keys()
+        == other.keys()
+        == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "optimizer.pt",
+            "state.json",
+        }
+    )
+    assert one["adapter_model.safetensors"] == other["adapter_model.safetensors"]
+    assert one["adapter_config.json"] == other["adapter_config.json"]
+    assert {**whole, "seconds": 0} == {**parted, "seconds": 0}
+
+
+def test_a_resumed_run_goes_on_behind_the_newest_checkpoint_and_forgets_what_came_after(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    agentrl.train(config("whole"))
+    agentrl.train(config("killed"))
+    folder = tmp_path / "killed"
+    for path in (folder / "checkpoints" / "step_000004").iterdir():  # killed in step 4, after one at step 3
+        path.unlink()
+    (folder / "summary.json").unlink()
+    agentrl.train(config("killed"), resume=True)
+    assert rows(folder) == rows(tmp_path / "whole")
+    assert (
+        files(folder)["adapter_model.safetensors"] == files(tmp_path / "whole")["adapter_model.safetensors"]
+    )
+
+
+def test_a_run_without_a_checkpoint_resumes_from_its_base(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    agentrl.train(config("whole"))
+    Letters.on_score = staticmethod(raise_in_step(2))
+    with pytest.raises(ZeroDivisionError) as caught:
+        agentrl.train(config("crashed"))
+    assert any("Letters" in note for note in caught.value.__notes__)
+    Letters.on_score = staticmethod(lambda env: None)
+    before = (tmp_path / "crashed" / "before.json").stat().st_mtime_ns
+    agentrl.train(config("crashed"), resume=True)
+    assert rows(tmp_path / "crashed") == rows(tmp_path / "whole")
+    assert (tmp_path / "crashed" / "before.json").stat().st_mtime_ns == before
+
+
+def raise_in_step(step: int) -> Callable[[Letters], None]:
+    def on_score(env: Letters) -> None:
+        if env.np_random_seed == derive(SEED, "environment", step, 0) % 2**32:
+            raise ZeroDivisionError
+
+    return on_score
+
+
+def test_another_configuration_is_not_resumed_and_the_difference_is_named(
+    config: Callable[..., dict[str, Any]],
+) -> None:
+    Letters.on_score = staticmethod(interrupt_in_step(0))
+    agentrl.train(config())
+    with pytest.raises(BadConfig) as caught:
+        agentrl.train(config(optimizer={"learning_rate": 0.5}, steps=9), resume=True)
+    assert "optimizer.learning_rate was 0.01 and is 0.5" in str(caught.value)
+    assert "steps was 4 and is 9" in str(caught.value)
+    with pytest.raises(BadConfig, match="holds a run: continue it with --resume"):
+        agentrl.train(config())
+
+
+def test_a_finished_run_is_not_run_again(config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    summary = agentrl.train(config(steps=1))
+    before = rows(tmp_path / "run")
+    assert agentrl.train(config(steps=1), resume=True) == summary
+    assert rows(tmp_path / "run") == before
+    with pytest.raises(BadConfig, match="steps was 1 and is 2"):
+        agentrl.train(config(steps=2), resume=True)
+
+
+def test_a_warm_start_that_was_cut_off_begins_anew(
+    config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Letters, "gold", lambda self, task: (Message("assistant", "a"),), raising=False)
+    values = config(steps=1) | {"warm_start": {"episodes": 4, "steps": 2, "episodes_per_step": 2}}
+    whole = agentrl.train(values | {"name": "whole"})
+    assert (
+        agentrl.train(values | {"name": "cut"}, resume=True).keys() == whole.keys()
+    )  # nothing to resume yet
+    folder = RunFolder(tmp_path / "cut")
+    folder.warm_start.rename(folder.root / "warm_start.partial")
+    folder.summary.unlink()
+    for path in folder.checkpoints.rglob("*.*"):
+        path.unlink()
+    for path in folder.checkpoints.iterdir():
+        path.rmdir()
+    lines = folder.metrics.read_text().splitlines(keepends=True)
+    folder.metrics.write_text(lines[0])
+    agentrl.train(values | {"name": "cut"}, resume=True)
+    assert rows(folder.root) == rows(tmp_path / "whole")
+
+
+def test_train_works_under_a_running_event_loop(config: Callable[..., dict[str, Any]]) -> None:
+    async def notebook() -> dict[str, Any]:
+        return agentrl.train(config(steps=1))
+
+    assert asyncio.run(notebook())["steps"] == 1
+
+
+def test_no_step_is_an_evaluation_alone(config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    summary = agentrl.train(config(steps=0))
+    assert summary["gain"]["pass@1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert [(row["phase"], row["step"]) for row in rows(tmp_path / "run")] == [("evaluation", 0)]
+
+
+# -- what the learner is given --
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[list[Sample]]:
+    """The samples of every update."""
+    seen: list[list[Sample]] = []
+    update = Learner.update
+
+    def remember(self: Learner, samples: list[Sample], **settings: Any) -> dict[str, float]:
+        seen.append(list(samples))
+        return update(self, samples, **settings)
+
+    monkeypatch.setattr(Learner, "update", remember)
+    return seen
+
+
+def advantages(samples: Sequence[Sample]) -> list[float]:
+    """One for each sample; every trained token has it and no other."""
+    found = []
+    for sample in samples:
+        assert sample.advantages is not None
+        (value,) = set(sample.advantages[sample.mask].tolist())
+        assert not sample.advantages[~sample.mask].any()
+        found.append(value)
+    return found
+
+
+def test_shuffled_rewards_stay_in_their_group(
+    config: Callable[..., dict[str, Any]], given: list[list[Sample]]
+) -> None:
+    for name, shuffle in (("plain", False), ("shuffled", True)):
+        agentrl.train(config(name, steps=1, algorithm={"shuffle_rewards": shuffle}))
+    plain, shuffled = given
+    assert [s.token_ids.tolist() for s in plain] == [s.token_ids.tolist() for s in shuffled]
+    pairs = list(zip(advantages(plain), advantages(shuffled), strict=True))
+    groups = [pairs[first : first + 4] for first in range(0, 12, 4)]
+    for group in groups:
+        assert sorted(one for one, _ in group) == pytest.approx(sorted(other for _, other in group))
+    assert any(one != other for one, other in pairs)
+    assert len({tuple(sorted(one for one, _ in group)) for group in groups}) > 1
+
+
+def test_invalid_episodes_are_counted_and_take_no_part_in_their_groups_advantages(
+    config: Callable[..., dict[str, Any]], given: list[list[Sample]], tmp_path: Path
+) -> None:
+    trained = {derive(SEED, "environment", 0, place) % 2**32 for place in range(3)}
+    scored = iter(range(100))
+
+    def on_score(env: Letters) -> None:
+        if env.np_random_seed in trained and next(scored) % 3 == 0:
+            raise WorldError("the judge is gone")
+
+    Letters.on_score = staticmethod(on_score)
+    agentrl.train(config(steps=1, rollout={"retries": 0}))
+    (row,) = (row for row in rows(tmp_path / "run") if row["phase"] == "train")
+    assert (row["fault/environment"], row["episode/valid"]) == (4.0, pytest.approx(8 / 12))
+    (samples,) = given
+    assert len(samples) == 8
+    by_task: dict[str, list[float]] = {}
+    for sample, value in zip(samples, advantages(samples), strict=True):
+        by_task.setdefault(sample.task_id, []).append(value)
+    assert all(sum(values) == pytest.approx(0, abs=1e-5) for values in by_task.values())
+    assert any(any(values) for values in by_task.values())
+
+
+def test_the_engine_samples_with_what_was_learnt_last(
+    config: Callable[..., dict[str, Any]], given: list[list[Sample]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[Adapter] = []
+    publish = Learner.publish
+
+    def remember(self: Learner) -> Adapter:
+        published.append(publish(self))
+        return published[-1]
+
+    monkeypatch.setattr(Learner, "publish", remember)
+    agentrl.train(config(steps=3, algorithm={"minibatches": 1}))
+    versions = [{int(v) for s in samples for v in s.versions[s.mask]} for samples in given]
+    assert versions == [{0}, {1}, {2}]
+    assert len(published) >= 3
+    assert not np.array_equal(*(next(iter(adapter.tensors.values())).numpy() for adapter in published[:2]))
+
+
+def test_strictly_on_policy_the_learner_and_the_engine_agree(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    agentrl.train(config(steps=3, algorithm={"minibatches": 1, "kl": 0.01}))
+    learnt = [row for row in rows(tmp_path / "run") if "mismatch/mean" in row]
+    assert len(learnt) == 3
+    assert all(row["mismatch/mean"] < 1e-4 for row in learnt)
+    assert learnt[0]["loss/kl"] == pytest.approx(0, abs=1e-6)  # the new adapter is nothing
+    assert learnt[-1]["loss/kl"] > 0
+
+
+# -- signals to a real process --
+
+_ENVIRONMENT = """
+from agentrl import Message, Task, ToolEnv
+
+class Letters(ToolEnv):
+    def tasks(self, split):
+        return [Task(id=f"{split}-{i}", prompt=(Message("user", f"Say {i}"),)) for i in range(5)]
+
+    def reward(self, evidence):
+        return float(len(evidence.answer) % 2)
+"""
+
+
+def start(path: Path, *options: str) -> subprocess.Popen[str]:
+    code = "from agentrl.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(path), *options],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stop(
+    process: subprocess.Popen[str], number: signal.Signals, *, when: Callable[[], bool]
+) -> tuple[str, str]:
+    """Send the signal as soon as ``when`` holds; what the process printed."""
+    deadline = time.monotonic() + 90
+    try:
+        while not when():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+
+def test_signals_finish_the_step_save_and_say_how_to_resume(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "letters.py").write_text(_ENVIRONMENT)
+    values = config(
+        environment={"id": f"{tmp_path}/letters.py:Letters"}, steps=100_000, checkpoint={"every": 10**6}
+    )
+    path = tmp_path / "long.yaml"
+    path.write_text(json.dumps(values))
+    folder = RunFolder(tmp_path / "run")
+    done = 0
+    for number, options in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
+        process = start(path, *options)
+        out, err = stop(process, number, when=partial(has_gone_beyond, folder, done))
+        assert process.returncode == 0, err
+        last = steps(folder)[-1]
+        assert f"stopped after step {last} of 100000, saved in {folder.checkpoints}/step_{last:06d}" in out
+        assert "go on with the same command and --resume" in out
+        (state,) = folder.checkpoints.glob(f"step_{last:06d}/state.json")
+        assert json.loads(state.read_text())["step"] == last
+        assert steps(folder) == list(range(1, last + 1))
+        done = last
+    assert "Traceback" not in err
+
+
+def has_gone_beyond(folder: RunFolder, done: int) -> bool:
+    return max(steps(folder), default=0) > done
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [row["step"] for row in read_rows(folder) if row["phase"] == "train"]
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_ends_the_run_at_once_and_it_can_be_resumed(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "letters.py").write_text(_ENVIRONMENT)
+    values = config(environment={"id": f"{tmp_path}/letters.py:Letters"}, evaluation={"samples": 500})
+    path = tmp_path / "short.yaml"
+    path.write_text(json.dumps(values))
+    folder = RunFolder(tmp_path / "run")
+    process = start(path)
+    out, err = stop(process, signal.SIGTERM, when=folder.config.is_file)
+    assert process.returncode == 130, err
+    assert "the same command with --resume" in out
+    assert "Traceback" not in err
+    finished = start(path, "--resume")
+    finished.communicate(timeout=200)
+    assert finished.returncode == 0
+    assert steps(folder) == [1, 2, 3, 4]
