@@ -75,8 +75,8 @@ _TRAINED = (
 def make_batches(samples: Sequence[Sample], *, tokens_per_microbatch: int) -> list[Batch]:
     """Pack ``samples`` into batches of at most ``tokens_per_microbatch`` tokens each, first fit decreasing.
 
-    Samples keep their order within a batch, and batches are ordered by their first sample; ``Batch.indices``
-    says where each came from. A sample without trained tokens is packed like any other. Raises BadConfig for
+    The longest samples come first, so neighbours are often equally long and share an attention kernel;
+    ``Batch.indices`` says where each came from. A sample without trained tokens is packed like any other. Raises BadConfig for
     a sample longer than the budget, ValueError where only some samples have advantages, old or reference.
     """
     present = [name for name in _TRAINED if _all_or_none(samples, name)]
@@ -132,7 +132,7 @@ def _first_fit_decreasing(lengths: Sequence[int], *, budget: int) -> list[list[i
             room.append(budget)
         bins[place].append(index)
         room[place] -= length
-    return sorted(sorted(members) for members in bins)
+    return bins
 
 
 def _pack(samples: Sequence[Sample], indices: Sequence[int], *, present: Sequence[str]) -> Batch:

@@ -7,6 +7,7 @@ What is made stands in the run's folder, whole or not at all, and is taken from 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from agentrl.chats import Chats
 from agentrl.checkpoint import write_folder
-from agentrl.config import RunConfig, TinyConfig
+from agentrl.config import RunConfig, TinyConfig, WarmStartConfig
 from agentrl.engine import Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
@@ -121,7 +122,8 @@ async def _warm_up(
     with display.bar("warm start", total=settings.steps) as bar:
         for step in range(settings.steps):
             metrics = await in_compute_thread(start.step, step, samples)
-            if settings.probe_every and (step + 1) % settings.probe_every == 0:
+            due = settings.probe_every and (step + 1) % settings.probe_every == 0
+            if due and not _is_far(settings, metrics["loss/nll"], samples):
                 metrics["probe/pass@1"] = await probe()
             log.step(step + 1, metrics, phase="warm_start")
             bar.advance(note=f"nll {metrics['loss/nll']:.3f}")
@@ -139,6 +141,14 @@ async def _gold_samples(config: RunConfig, make_env: Callable[[], Env], chats: C
     plans = [EpisodePlan(split=split, index=i, sibling=0, env_seed=i, seed=0) for i in indices]
     episodes = await gold_episodes(make_env, chats, plans, limits=config.rollout)
     return [sample for episode in episodes for sample in to_samples(episode)]
+
+
+def _is_far(settings: WarmStartConfig, nll: float, samples: Sequence[Sample]) -> bool:
+    """Whether a probe would be wasted: the chance of saying a gold episode is below a hundredth of the mark."""
+    if settings.until is None:
+        return False
+    tokens = sum(sample.trained_tokens for sample in samples) / len(samples)
+    return math.exp(-nll * tokens) < settings.until / 100
 
 
 def _make_probe(

@@ -312,7 +312,7 @@ class _Rounds:
 
     def _begin_if_complete(self) -> None:
         if self._waiting and len(self._waiting) == self._live:
-            # Later, because who came last does not wait yet: awaiting a future that is done, it would go first.
+            # Later, because who came last does not wait yet: its future done, it would go before the others.
             asyncio.get_running_loop().call_soon(self._begin)
 
     def _begin(self) -> None:

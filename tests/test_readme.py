@@ -34,7 +34,9 @@ def test_the_printed_check_command_runs_beside_the_printed_file(shop: Path) -> N
     printed = [line for block in _blocks("bash") for line in block.splitlines()]
     command = next(line.partition("#")[0].split() for line in printed if line.startswith("agentrl check"))
     agentrl_command = str(Path(sys.executable).with_name("agentrl"))
-    done = subprocess.run([agentrl_command, *command[1:]], cwd=shop, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [agentrl_command, *command[1:]], cwd=shop, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -415,7 +415,7 @@ class Letters(ToolEnv):
 def start(path: Path, *options: str) -> subprocess.Popen[str]:
     code = "from agentrl.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "train", str(path), *options],
+        [sys.executable, "-X", "faulthandler", "-c", code, "train", str(path), *options],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -435,6 +435,9 @@ def stop(
             time.sleep(0.02)
         process.send_signal(number)
         return process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # has it print where its threads are
+        pytest.fail(f"{number.name} did not end the run: {process.communicate(timeout=10)}")
     finally:
         process.kill()
 
