@@ -76,8 +76,9 @@ def make_batches(samples: Sequence[Sample], *, tokens_per_microbatch: int) -> li
     """Pack ``samples`` into batches of at most ``tokens_per_microbatch`` tokens each, first fit decreasing.
 
     The longest samples come first, so neighbours are often equally long and share an attention kernel;
-    ``Batch.indices`` says where each came from. A sample without trained tokens is packed like any other. Raises BadConfig for
-    a sample longer than the budget, ValueError where only some samples have advantages, old or reference.
+    ``Batch.indices`` says where each came from. A sample without trained tokens is packed like any other.
+    Raises BadConfig for a sample longer than the budget, ValueError where only some samples have advantages,
+    old or reference.
     """
     present = [name for name in _TRAINED if _all_or_none(samples, name)]
     members = _first_fit_decreasing([len(s.token_ids) for s in samples], budget=tokens_per_microbatch)

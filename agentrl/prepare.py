@@ -117,7 +117,9 @@ async def _warm_up(
     model = given if settings.lora else given.float()
     chats = make_chats(config, tokenizer, model, on_certificate=display.note)
     samples = await _gold_samples(config, make_env, chats)
-    start = WarmStart(model, settings=settings, lora=config.lora, batch=config.batch, seed=config.seed)
+    start = await in_compute_thread(
+        WarmStart, model, settings=settings, lora=config.lora, batch=config.batch, seed=config.seed
+    )
     probe = _make_probe(config, model, make_env, chats)
     with display.bar("warm start", total=settings.steps) as bar:
         for step in range(settings.steps):
@@ -129,7 +131,7 @@ async def _warm_up(
             bar.advance(note=f"nll {metrics['loss/nll']:.3f}")
             if settings.until is not None and metrics.get("probe/pass@1", -1.0) >= settings.until:
                 break
-    start.save(warm, tokenizer=tokenizer, dtype=dtype)
+    await in_compute_thread(start.save, warm, tokenizer=tokenizer, dtype=dtype)
     found = f", a probe passes {metrics['probe/pass@1']:.2f}" if "probe/pass@1" in metrics else ""
     display.note(f"warm start: {step + 1} steps on {len(samples)} gold episodes{found}; saved in {warm}")
 
@@ -144,7 +146,7 @@ async def _gold_samples(config: RunConfig, make_env: Callable[[], Env], chats: C
 
 
 def _is_far(settings: WarmStartConfig, nll: float, samples: Sequence[Sample]) -> bool:
-    """Whether a probe would be wasted: the chance of saying a gold episode is below a hundredth of the mark."""
+    """Whether a probe would be wasted: a gold episode's likelihood is below a hundredth of the mark."""
     if settings.until is None:
         return False
     tokens = sum(sample.trained_tokens for sample in samples) / len(samples)

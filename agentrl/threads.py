@@ -38,8 +38,9 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
 async def in_compute_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Await ``function(*args, **kwargs)`` in the one thread that engine and learner share.
 
-    Every thread that calls a parallel kernel gets a team of OpenMP threads of its own, and teams on the same
-    cores wait for each other: with two of them, decoding took more than twice as long on two cores.
+    Every thread that calls a parallel kernel gets a team of OpenMP threads of its own for good, and with more
+    such threads than cores each waits for the others asleep instead of spinning: after one checkpoint written
+    from another thread, decoding took twice as long on two cores.
     """
     return await asyncio.wrap_future(_compute.submit(function, *args, **kwargs))
 

@@ -169,7 +169,8 @@ class _Run:
         )
         chats = make_chats(config, load_tokenizer(base), model, on_certificate=self._display.note)
         self._engine = EmbeddedEngine(model, max_sequences=config.engine.max_sequences)
-        self._learner = Learner(  # after the engine, which takes the model without an adapter
+        self._learner = await in_compute_thread(
+            Learner,  # after the engine, which takes the model without an adapter
             model,
             lora=config.lora,
             algorithm=config.algorithm,
@@ -182,7 +183,7 @@ class _Run:
         self._schedule = make_schedule(config, self._make_env(), "train")
 
     async def _restore(self, state: State, adapter: Adapter, optimizer: dict[str, Any]) -> None:
-        self._learner.restore(adapter, optimizer)
+        await in_compute_thread(self._learner.restore, adapter, optimizer)
         self._done, self._version = state.step, state.version
         await self._engine.load(adapter, state.version)
 
@@ -215,7 +216,7 @@ class _Run:
                 bar.advance(note=f"reward {reward:.3f}")
                 stopped = self._stop.requested
                 if stopped or self._is_saved_at(self._done):
-                    path = self._save()
+                    path = await in_compute_thread(self._save)
         for task in ahead:
             task.cancel()
         if stopped:
@@ -277,7 +278,7 @@ class _Run:
         updated = time.perf_counter()
         if metrics:
             self._version += 1
-            await self._engine.load(self._learner.publish(), self._version)
+            await self._engine.load(await in_compute_thread(self._learner.publish), self._version)
         swap = {"time/update_s": updated - began, "time/load_s": time.perf_counter() - updated}
         return metrics | swap
 
