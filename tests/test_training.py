@@ -434,7 +434,7 @@ def stop(
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(number)
-        return process.communicate(timeout=60)
+        return process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # has it print where its threads are
         pytest.fail(f"{number.name} did not end the run: {process.communicate(timeout=10)}")
