@@ -177,11 +177,15 @@ class Rollouts:
 
     async def _close(self, env: Env) -> None:
         """Close ``env``; one that hangs, or whose world is gone, keeps nobody from going on without it."""
-        closing = asyncio.ensure_future(in_thread(env.close))  # goes on even if this wait is cancelled
-        done, _ = await asyncio.wait({closing}, timeout=self._limits.deadline_s)
-        with suppress(WorldError):
-            for closed in done:
-                closed.result()
+        closing = asyncio.ensure_future(in_thread(env.close))
+        try:
+            await asyncio.wait({closing}, timeout=self._limits.deadline_s)
+        except asyncio.CancelledError:  # a bug in another episode ends the run: what is open is closed first
+            await asyncio.wait({closing}, timeout=self._limits.deadline_s)
+            raise
+        if closing.done():
+            with suppress(WorldError):
+                closing.result()
 
     async def _attempt(
         self, plan: EpisodePlan, env: Env, sampling: Sampling, *, go: Callable[[], Awaitable[None]]

@@ -96,7 +96,7 @@ def test_eval_prints_its_table_and_writes_its_report(monkeypatch: pytest.MonkeyP
     )
     result = _agentrl(*map(str, command))
     assert result.exit_code == 0, result.output
-    assert "0.500  [0.250, 0.750]" in result.output
+    assert "0.500 [0.250, 0.750]" in result.output
     assert json.loads(report.read_text())["tasks"] == 3
     assert evaluate.called is not None
     (env,), options = evaluate.called

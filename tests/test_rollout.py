@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -407,14 +406,15 @@ def test_a_hanging_reset_or_close_holds_nobody_up(scripted_engine: Any, chats: C
     class Stuck(Desk):
         def setup(self, task: Task) -> None:
             if len(self.made) == 1:
-                over.wait(10)
+                over.wait(60)
 
         def close(self) -> None:
-            over.wait(10)
+            over.wait(60)
 
-    trajectory = only(run(Stuck, scripted_engine("3"), chats, deadline_s=0.1))
+    trajectory = only(run(Stuck, scripted_engine("3"), chats, deadline_s=0.3, retries=9))
     over.set()
-    assert (trajectory.valid, trajectory.reward, len(Stuck.made)) == (True, 1.0, 2)
+    assert (trajectory.valid, trajectory.reward) == (True, 1.0)
+    assert len(Stuck.made) > 1
 
 
 def test_a_world_that_is_gone_at_the_close_does_not_spoil_the_episode(
@@ -445,11 +445,6 @@ def test_a_bug_in_an_environment_crashes_with_the_names_of_environment_and_task(
     notes = "\n".join(caught.value.__notes__)
     assert "Buggy" in notes
     assert "'train-0'" in notes
-    deadline = time.monotonic() + 5
-    while (
-        len(Buggy.closed) < 3 and time.monotonic() < deadline
-    ):  # closed in threads that a crash does not wait for
-        time.sleep(0.01)
     assert set(Buggy.made) == set(Buggy.closed)
 
 

@@ -129,7 +129,6 @@ def test_the_calculator_is_trained_end_to_end_from_nothing(tmp_path: Path) -> No
                 "learning_rate": 1e-2,
                 "probe_every": 6,
                 "probe_tasks": 6,
-                "until": 1.0,
             },
             "rollout": {
                 "tasks_per_step": 4,
