@@ -141,6 +141,10 @@ class Display:
         )
 
     def __enter__(self) -> Self:
+        if not self._console.is_terminal:  # theirs would be written to a log line by line
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
         self._progress.start()
         return self
 
