@@ -38,9 +38,16 @@ def test_the_certificate_holds_for_gemmas_template() -> None:
     assert {row.status for row in certificate.rows} == {"extends"}
 
 
-# In bfloat16 a logit of 20 is rounded to a multiple of 0.125, in engine and learner alike: free text of a
-# base model, where many words are likely, shows it most.
-@pytest.mark.parametrize(("dtype", "allowed_nats"), [("float32", 1e-4), ("bfloat16", 3e-2)])
+_ROUNDED = pytest.mark.xfail(
+    strict=True,
+    reason="a bfloat16 logit of 20 is rounded to a multiple of 0.125, in engine and learner alike: 0.018 nats",
+)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed_nats"),
+    [("float32", 1e-4), pytest.param("bfloat16", 1e-2, marks=_ROUNDED)],
+)
 def test_engine_and_learner_agree_on_the_tokens_that_were_sampled(dtype: str, allowed_nats: float) -> None:
     model, tokenizer = load_model(_FOLDER, dtype=dtype), load_tokenizer(_FOLDER)
     prompts = [np.array(tokenizer.encode(text), np.int32) for text in _TEXTS]
