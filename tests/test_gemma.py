@@ -40,7 +40,7 @@ def test_the_certificate_holds_for_gemmas_template() -> None:
 
 _ROUNDED = pytest.mark.xfail(
     strict=True,
-    reason="a bfloat16 logit of 20 is rounded to a multiple of 0.125, in engine and learner alike: 0.018 nats",
+    reason="a bfloat16 logit of 20 is rounded to a multiple of 0.125, in engine and learner: 0.018 nats",
 )
 
 
