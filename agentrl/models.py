@@ -117,7 +117,9 @@ def check_forward(model: Any) -> None:
     actual = head(model)(backbone(model, token_ids, positions, plan))
     _check_windows(model, plan.windows)
     difference = (actual.float().log_softmax(-1) - expected.float().log_softmax(-1)).abs().mean().item()
-    allowed = 1e-3 if expected.dtype == torch.float32 else 0.1
+    # In bfloat16 two of transformers' own implementations differ by 0.14 nats on Gemma 3 270M; a wrong mask
+    # or scale changes these tokens by 1 and more.
+    allowed = 1e-3 if expected.dtype == torch.float32 else 0.5
     if not difference < allowed:
         raise UnsupportedModel(
             f"{type(model).__name__}: packed logprobs differ from the model's own by {difference:.3g} nats "

@@ -18,6 +18,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
+from agentrl.allocator import keep_freed_memory
+
 __all__ = ["in_compute_thread", "in_thread", "run_sync", "threads_in_flight"]
 
 P = ParamSpec("P")
@@ -42,6 +44,7 @@ async def in_compute_thread(function: Callable[P, T], /, *args: P.args, **kwargs
     such threads than cores each waits for the others asleep instead of spinning: after one checkpoint written
     from another thread, decoding took twice as long on two cores.
     """
+    keep_freed_memory()  # before the thread starts: only then it shares the heap that keeps large blocks
     return await asyncio.wrap_future(_compute.submit(function, *args, **kwargs))
 
 

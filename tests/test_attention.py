@@ -9,6 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agentrl.attention import PACKED, Segments, window_mask
 from agentrl.errors import UnsupportedModel
+from agentrl.models import backbone
 
 HEAD_DIM = 4
 
@@ -104,3 +105,29 @@ def test_a_packed_model_called_without_a_plan_says_so() -> None:
     model.set_attn_implementation(PACKED)
     with pytest.raises(UnsupportedModel, match="Qwen3Attention was not told which token belongs"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_16_bit_model_attends_in_float32_on_a_cpu(dtype: torch.dtype) -> None:
+    config = Qwen3Config(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    model = Qwen3ForCausalLM(config).to(dtype)
+    model.set_attn_implementation(PACKED)
+    seen: list[torch.dtype] = []
+
+    class Noting(Segments):
+        def attend(self, layer: int, query: Tensor, *parts: Tensor, **options: object) -> Tensor:
+            seen.extend(part.dtype for part in (query, *parts))
+            return super().attend(layer, query, *parts, **options)  # type: ignore[arg-type]
+
+    ids = torch.tensor([1, 2, 3])
+    hidden = backbone(model, ids, torch.arange(3), Noting([3]))
+    assert seen == [torch.float32 if dtype == torch.bfloat16 else dtype] * 3
+    assert hidden.dtype == dtype
