@@ -107,8 +107,8 @@ def test_a_packed_model_called_without_a_plan_says_so() -> None:
         model(input_ids=torch.tensor([[1, 2, 3]]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_16_bit_model_attends_in_float32_on_a_cpu(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_16_bit_model_attends_in_float64_on_a_cpu(dtype: torch.dtype) -> None:
     config = Qwen3Config(
         vocab_size=20,
         hidden_size=8,
@@ -129,5 +129,5 @@ def test_a_16_bit_model_attends_in_float32_on_a_cpu(dtype: torch.dtype) -> None:
 
     ids = torch.tensor([1, 2, 3])
     hidden = backbone(model, ids, torch.arange(3), Noting([3]))
-    assert seen == [torch.float32 if dtype == torch.bfloat16 else dtype] * 3
+    assert seen == [torch.float64 if dtype == torch.bfloat16 else dtype] * 3
     assert hidden.dtype == dtype
