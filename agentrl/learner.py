@@ -24,7 +24,7 @@ from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerCo
 from agentrl.engine import Adapter
 from agentrl.errors import AgentRLError, BadConfig
 from agentrl.losses import ClipRange, k3, kl_penalty, policy_loss, token_logprobs
-from agentrl.models import backbone, head
+from agentrl.models import backbone, scoring_head
 from agentrl.seeds import derive
 from agentrl.types import FloatArray, Sample
 
@@ -49,7 +49,7 @@ class _Logprobs(nn.Module):
             hidden,
             batch.token_ids,
             batch.trained,
-            head=head(self.model),
+            head=scoring_head(self.model),
             temperature=temperature,
             rows_per_chunk=self._rows_per_chunk,
         )

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from agentrl.softmax import frozen_head_logprobs
+
 __all__ = ["ClipRange", "k1", "k2", "k3", "kl_penalty", "nll_loss", "policy_loss", "token_logprobs"]
 
 Head = Callable[[Tensor], Tensor]  # hidden rows (R, D) -> logits (R, V), before the temperature
@@ -42,20 +44,26 @@ def token_logprobs(
     token_ids: Tensor,  # (N,) int64
     index: Tensor,  # (M,) int64, positions of the tokens asked for; never the first of a sample
     *,
-    head: Head,
+    head: Head | Tensor,
     temperature: float,
     rows_per_chunk: int,
 ) -> tuple[Tensor, Tensor]:
     """Logprob (M,) of ``token_ids[index]`` given what precedes it, and the entropy (M,) there, detached.
 
     This is the only shift in the code base: the token at ``t`` is predicted by ``hidden[t - 1]``. Results are
-    float32 (float64 where the logits are). Logits exist for ``rows_per_chunk`` rows at a time and are
-    recomputed in backward; gradients reach ``hidden`` and the parameters of ``head``. ``index`` may be empty.
-    Logits must be finite.
+    float32 (float64 where the logits are). Gradients reach ``hidden`` and the parameters of ``head``, whose
+    logits exist for ``rows_per_chunk`` rows at a time and are recomputed in backward; a Tensor is the weight
+    (V, D) of a linear head that is not trained, and needs neither. ``index`` may be empty. Logits must be
+    finite.
     """
-    chunk = partial(_chunk_logprobs, head=head, temperature=temperature)
     rows = torch.split(hidden.index_select(0, index - 1), rows_per_chunk)
     targets = torch.split(token_ids.index_select(0, index), rows_per_chunk)
+    if isinstance(head, Tensor):
+        frozen = partial(frozen_head_logprobs, weight=head, temperature=temperature)
+        results = [frozen(*pair) for pair in zip(rows, targets, strict=True)]
+        logprobs, entropies = zip(*results, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+    chunk = partial(_chunk_logprobs, head=head, temperature=temperature)
     # Backward begins with the last chunk: recomputing its logits would save no memory.
     kept = len(rows) - 1 if torch.is_grad_enabled() else 0
     results = [

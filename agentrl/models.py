@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentrl.attention import PACKED, Plan, Segments
@@ -27,6 +27,7 @@ __all__ = [
     "head",
     "load_model",
     "load_tokenizer",
+    "scoring_head",
     "stop_token_ids",
 ]
 
@@ -89,6 +90,14 @@ def head(model: Any) -> Callable[[Tensor], Tensor]:
     if softcap is None:
         return lambda rows: embeddings(rows)
     return lambda rows: torch.tanh(embeddings(rows) / softcap) * softcap
+
+
+def scoring_head(model: Any) -> Callable[[Tensor], Tensor] | Tensor:
+    """For ``losses.token_logprobs``: the weight (V, D) of a plain linear head without gradient, else ``head``."""
+    layer = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    plain = type(layer) is nn.Linear and layer.bias is None and softcap is None
+    return layer.weight if plain and not layer.weight.requires_grad else head(model)
 
 
 def alias(model: Any) -> Any:

@@ -28,7 +28,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "config configfile workers worker_process threads",
         "environments rewards sandboxes",
         "rollout samples schedule chat chats certificate parsers advantages statistics metrics batches "
-        "losses attention models",
+        "losses attention models softmax",
         "engines learner checkpoint warm_start log tiny show export",
         "training evaluation prepare",
         "cli __main__",

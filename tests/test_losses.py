@@ -270,6 +270,74 @@ def test_no_trained_tokens_give_an_empty_result_that_backward_passes_through() -
     assert not weight.grad.any()
 
 
+# --- token_logprobs under a frozen head
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("rows_per_chunk", [2, 100])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 5000])  # within one tile, and over several
+def test_a_frozen_head_gives_the_logprobs_entropies_and_gradients_of_a_trained_one(
+    temperature: float, rows_per_chunk: int, vocabulary: int
+) -> None:
+    hidden, _, _, index = inputs()
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(vocabulary, 6, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, vocabulary, (10,), generator=generator)
+    upstream = torch.linspace(-1, 2, len(index), dtype=torch.float64)
+    scored = [
+        token_logprobs(hidden, ids, index, head=head, temperature=temperature, rows_per_chunk=rows_per_chunk)
+        for head in (weight, lambda rows: rows @ weight.T)
+    ]
+    for frozen, trained in zip(*scored, strict=True):
+        torch.testing.assert_close(frozen, trained, rtol=1e-11, atol=1e-11)
+    assert not scored[0][1].requires_grad
+    gradients = [torch.autograd.grad(logprobs @ upstream, hidden)[0] for logprobs, _ in scored]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
+
+
+def test_a_frozen_head_s_logits_exist_a_tile_at_a_time_and_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("agentrl.softmax.tile_width", lambda device: 3)
+    hidden, weight, ids, index = inputs()
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found, _ = token_logprobs(hidden, ids, index, head=weight.detach(), temperature=0.7, rows_per_chunk=2)
+    assert not [t for t in kept if t.ndim == 2 and VOCABULARY in t.shape]
+    expected = naive(hidden, ids, index, weight=weight, temperature=0.7)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_bfloat16_rows_get_bfloat16_gradients_from_a_frozen_head() -> None:
+    hidden, weight, ids, index = inputs(torch.bfloat16)
+    frozen = token_logprobs(hidden, ids, index, head=weight.detach(), temperature=0.9, rows_per_chunk=3)[0]
+    trained, _ = score(hidden, weight, ids, index, temperature=0.9, rows_per_chunk=3)
+    torch.testing.assert_close(frozen, trained, rtol=1e-5, atol=1e-5)
+    (gradient,), (wanted,) = (torch.autograd.grad(one.sum(), hidden) for one in (frozen, trained))
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(gradient, wanted, rtol=0.05, atol=0.05)
+
+
+def test_words_far_below_the_likeliest_are_weighed_without_denormals() -> None:
+    rows = torch.tensor([[1.0]])
+    weight = torch.tensor([[0.0], [-200.0], [-95.0]])
+    logprobs, entropy = token_logprobs(
+        rows.expand(4, 1),
+        torch.tensor([0, 0, 1, 2]),
+        torch.tensor([1, 2, 3]),
+        head=weight,
+        temperature=1.0,
+        rows_per_chunk=8,
+    )
+    assert logprobs.tolist() == [0.0, -200.0, -95.0]
+    assert entropy.abs().max() < 1e-30
+
+
 # --- policy_loss
 
 RATIOS = torch.tensor([0.5, 0.9, 1.1, 1.5, 4.0], dtype=torch.float64)

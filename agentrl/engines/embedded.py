@@ -24,7 +24,7 @@ from agentrl.engine import Adapter, Sampling
 from agentrl.engines.batch import Batch, Request
 from agentrl.errors import EngineError, UserError
 from agentrl.losses import token_logprobs
-from agentrl.models import alias, backbone, context_length, head
+from agentrl.models import alias, backbone, context_length, scoring_head
 from agentrl.threads import in_compute_thread
 from agentrl.types import Completion, FloatArray, IntArray
 
@@ -244,7 +244,7 @@ class EmbeddedEngine:
             hidden,
             tokens,
             positions[1:],
-            head=head(model),
+            head=scoring_head(model),
             temperature=temperature or 1.0,
             rows_per_chunk=512,
         )

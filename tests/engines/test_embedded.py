@@ -142,7 +142,7 @@ def expected_logprobs(model: Any, prompt: IntArray, said: IntArray, *, temperatu
 
 def check(model: Any, prompt: IntArray, completion: Completion, *, temperature: float = 1.0) -> None:
     expected = expected_logprobs(model, prompt, completion.token_ids, temperature=temperature)
-    assert completion.logprobs == pytest.approx(expected, abs=1e-5)
+    assert completion.logprobs == pytest.approx(expected, abs=3e-5)  # float32 logits of 30 are 2e-6 apart
 
 
 # -- numbers --
