@@ -496,7 +496,7 @@ def test_each_version_is_sampled_from_and_scored_with_its_own_weights(
             check(policy, prompt, completion)
             assert completion.versions.tolist() == [version] * 8
             scored = await engine.score(np.concatenate([prompt, completion.token_ids]), 1.0)
-            assert scored[20:] == pytest.approx(completion.logprobs, abs=1e-5)
+            assert scored[20:] == pytest.approx(completion.logprobs, abs=3e-5)
 
     serve(qwen3, use)
 
