@@ -26,9 +26,12 @@ from agentrl.errors import AgentRLError, BadConfig
 from agentrl.losses import ClipRange, k3, kl_penalty, policy_loss, token_logprobs
 from agentrl.models import backbone, scoring_head
 from agentrl.seeds import derive
+from agentrl.stopwatch import Stopwatch
 from agentrl.types import FloatArray, Sample
 
 __all__ = ["Learner", "Optimization", "adapt", "learning_rate_factor"]
+
+_FIGURES = ("time/score_s", "time/forward_s", "time/backward_s", "time/optimizer_s")
 
 Metrics = dict[str, float]
 Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]  # batch, logprobs (M,) -> loss, sums
@@ -73,6 +76,7 @@ class Optimization:
                 "start agentrl without accelerate launch"
             )
         self.device = self.accelerator.device
+        self.stopwatch = Stopwatch(torch.cuda.synchronize if self.device.type == "cuda" else lambda: None)
         self._settings, self._batch, self._steps = optimizer, batch, steps
         if batch.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -95,7 +99,7 @@ class Optimization:
         """Logprobs (T,) in nats of each sample's trained tokens, 0 elsewhere, without gradients."""
         batches = self.batches(samples)
         self._forward.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.stopwatch.timing("time/score_s"):
             scored = [self._forward(batch, temperature=temperature)[0] for batch in batches]
         return unpack(batches, scored)
 
@@ -118,6 +122,12 @@ class Optimization:
             group["lr"] = rate
         with _seeded(seed):
             sums = self._backward(samples, loss, temperature=temperature)
+        with self.stopwatch.timing("time/optimizer_s"):
+            norm = self._apply(step)
+        return {**sums, "optimizer/grad_norm": norm, "optimizer/learning_rate": rate}
+
+    def _apply(self, step: int) -> float:
+        """Clip the gradient and step; the gradient's norm before."""
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self._settings.grad_clip))
         if not math.isfinite(norm):
             self.adamw.zero_grad()
@@ -127,16 +137,18 @@ class Optimization:
             )
         self.adamw.step()
         self.adamw.zero_grad()
-        return {**sums, "optimizer/grad_norm": norm, "optimizer/learning_rate": rate}
+        return norm
 
     def _backward(self, samples: Sequence[Sample], loss: Loss, *, temperature: float) -> Metrics:
         """Add the gradients of ``samples`` to the parameters'; metrics are sums over tokens."""
         sums: dict[str, Tensor] = {}
         self._forward.train()
         for batch in self.batches(samples):
-            logprobs, entropies = self._forward(batch, temperature=temperature)
-            value, metrics = loss(batch, logprobs)
-            self.accelerator.backward(value)
+            with self.stopwatch.timing("time/forward_s"):
+                logprobs, entropies = self._forward(batch, temperature=temperature)
+                value, metrics = loss(batch, logprobs)
+            with self.stopwatch.timing("time/backward_s"):
+                self.accelerator.backward(value)
             for name, total in (*metrics.items(), ("loss/entropy", entropies.sum())):
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + total.detach()
         self._forward.eval()
@@ -199,6 +211,10 @@ class Learner:
             rows.append(self.optimization.step(kept, loss, step=step, seed=dropout, temperature=temperature))
             rows[-1]["mismatch/max"] = loss.largest_mismatch
         return _mean_over_tokens(rows, sum(_trained_tokens(kept) for kept, _ in parts))
+
+    def take_figures(self) -> Metrics:
+        """Seconds by stage since the last call, under their metrics' names."""
+        return dict.fromkeys(_FIGURES, 0.0) | self.optimization.stopwatch.take()
 
     def _with_gradient(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those that add to the gradient."""

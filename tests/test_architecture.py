@@ -23,7 +23,7 @@ _CATALOGUES = ("environments", "rewards", "sandboxes")
 _FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "types errors seeds allocator",
+        "types errors seeds allocator stopwatch",
         "env tools dispatch tasks wrappers spaces transcript answers reward engine registry checks "
         "config configfile workers worker_process threads",
         "environments rewards sandboxes",

@@ -381,3 +381,12 @@ def test_the_learning_rate_of_a_step_is_the_schedules(make_learner: MakeLearner)
     )
     rates = [update(learner, samples(), step=step)["optimizer/learning_rate"] for step in (0, 9)]
     assert rates == pytest.approx([0.5, 0.05])
+
+
+def test_figures_say_where_the_update_s_seconds_went(make_learner: MakeLearner) -> None:
+    learner = make_learner(algorithm={"minibatches": 2})
+    update(learner, samples())
+    figures = learner.take_figures()
+    assert sorted(figures) == ["time/backward_s", "time/forward_s", "time/optimizer_s", "time/score_s"]
+    assert min(figures.values()) > 0
+    assert not any(learner.take_figures().values())

@@ -20,6 +20,7 @@ from agentrl.engines.cache import Decode, KVCache, Prefill, Span
 from agentrl.engines.sampling import draw, uniforms
 from agentrl.errors import AgentRLError
 from agentrl.models import backbone, head
+from agentrl.stopwatch import Stopwatch
 from agentrl.types import Finish, FloatArray, IntArray
 
 __all__ = ["Batch", "Request"]
@@ -61,6 +62,7 @@ class Batch:
         # Set it from any thread, and advance returns after the token that it is working on. Clear it before
         # collecting what to admit: whatever comes later then interrupts, also before advance has begun.
         self.interrupted = threading.Event()
+        self.stopwatch = Stopwatch()  # each sampled token is read back, which waits for the device
         self.model, self._head = model, head(model)
         self._prefill_tokens = prefill_tokens
         self._cache = KVCache(max_sequences)
@@ -103,14 +105,21 @@ class Batch:
     def _advance(self, fresh: list[Request]) -> list[Request]:
         finished = self._release()  # what was cancelled since: its rows may be needed
         if fresh:
-            self._prefill(fresh)
+            with self.stopwatch.timing("time/prefill_s"):
+                self._prefill(fresh)
             finished += self._release()
         while self._requests and not finished:
-            self._decode()
+            with self.stopwatch.timing("time/decode_s"):
+                self._decode()
             finished = self._release()
             if self.interrupted.is_set():
                 break
         return finished
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that keys and values have reserved."""
+        return self._cache.bytes
 
     # -- admission --
 
@@ -128,6 +137,9 @@ class Batch:
             if key not in leaders:
                 leaders[key] = row, len(spans)
                 spans.append(Span(row, start, len(request.prompt_ids) - start))
+        computed = sum(span.count for span in spans)
+        self.stopwatch.count("rollout/prefill_tokens", computed)
+        self.stopwatch.count("rollout/reused_tokens", sum(len(r.prompt_ids) for r in fresh) - computed)
         logits = self._prompt_logits(spans)
         places = [leaders[request.prompt_ids.tobytes()] for request in fresh]
         for row, (leader, _) in enumerate(places, start=first):
@@ -204,6 +216,7 @@ class Batch:
     def _decode(self) -> None:
         """One more token for every active row."""
         rows = self._rows[: len(self._requests)]
+        self.stopwatch.count("rollout/decode_tokens", len(rows))
         plan = Decode(self._cache, self._tensor(rows["length"]))
         hidden = backbone(self.model, self._tensor(rows["last"]), plan.positions, plan)
         rows["length"] += 1

@@ -30,6 +30,14 @@ from agentrl.types import Completion, FloatArray, IntArray
 
 __all__ = ["EmbeddedEngine"]
 
+_FIGURES = (
+    "rollout/prefill_tokens",
+    "rollout/reused_tokens",
+    "rollout/decode_tokens",
+    "time/prefill_s",
+    "time/decode_s",
+)
+
 
 @dataclass(slots=True)
 class _Ticket:
@@ -116,6 +124,12 @@ class EmbeddedEngine:
         finally:
             self._abandon(EngineError("the embedded engine was closed while this request was running"))
         await in_compute_thread(self._batch.reset)
+
+    def take_figures(self) -> dict[str, float]:
+        """Seconds and tokens of prefill and decoding since the last call, under their metrics' names; call it
+        while nothing is in flight."""
+        figures = dict.fromkeys(_FIGURES, 0.0) | self._batch.stopwatch.take()
+        return figures | {"memory/cache_mib": self._batch.cache_bytes / 2**20}
 
     # -- the event loop's side --
 

@@ -687,3 +687,22 @@ def test_a_cancelled_load_does_not_hold_anyone_up(qwen3: Any) -> None:
         assert len((await running).token_ids) == 60
 
     serve(qwen3, use)
+
+
+def test_figures_say_how_many_tokens_were_computed_reused_and_sampled(qwen3: Any) -> None:
+    async def use(engine: EmbeddedEngine) -> None:
+        prompt = words(20)
+        said = await asyncio.gather(*(engine.generate(prompt, sampling(8, seed=s)) for s in range(2)))
+        longer = np.concatenate([prompt, said[0].token_ids, words(3)])
+        await engine.generate(longer, sampling(1))
+        figures = engine.take_figures()
+        # The siblings' prompt is computed once; of the next turn what is new, and the last token, never fed.
+        assert figures["rollout/prefill_tokens"] == 20 + 3 + 1
+        assert figures["rollout/reused_tokens"] == 20 + (20 + 7)
+        assert figures["rollout/decode_tokens"] == 2 * 7
+        assert figures["time/prefill_s"] > 0
+        assert figures["time/decode_s"] > 0
+        assert figures["memory/cache_mib"] > 0
+        assert engine.take_figures()["rollout/prefill_tokens"] == 0
+
+    serve(qwen3, use)
