@@ -2,8 +2,8 @@
 
 A model whose attention implementation is ``PACKED`` sees one row of N tokens that belong to several
 sequences, and is called with ``plan=``: the plan knows which token belongs to which sequence.
-:class:`Segments` is the learner's (whole sequences, with gradients); the embedded engine brings its own,
-which reads and writes a KV cache.
+:class:`Segments` and :class:`Branches` are the learner's (whole sequences, and sequences that share their
+beginning; with gradients); the embedded engine brings its own, which reads and writes a KV cache.
 
 Covered: causal full and sliding-window attention, grouped-query attention. Not covered: attention sinks,
 soft-capped attention scores, cross attention, and recurrent layers; ``check_forward`` in ``agentrl.models``
@@ -13,6 +13,7 @@ finds those at start-up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from transformers import AttentionInterface
 
 from agentrl.errors import UnsupportedModel
 
-__all__ = ["PACKED", "Plan", "Segments", "window_mask"]
+__all__ = ["PACKED", "Branch", "Branches", "Plan", "Segments", "window_mask"]
 
 PACKED = "agentrl_packed"  # the name under which transformers knows this implementation
 
@@ -76,6 +77,75 @@ class Segments:
             outputs.append(out.transpose(1, 2).flatten(0, 1))
             start += length * count
         return torch.cat(outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Tokens that go on behind a sequence packed elsewhere."""
+
+    start: int  # packed index of the sequence's first token
+    trunk: int  # tokens of that sequence
+    length: int  # tokens of the branch
+
+
+class Branches:
+    """Whole sequences, and behind them branches, each of which attends to its trunk and to itself."""
+
+    def __init__(self, sequences: Sequence[int], branches: Sequence[Branch], device: torch.device) -> None:
+        self._whole = sum(sequences)
+        self._segments = Segments(sequences)
+        self._runs: list[_Run] = []
+        begin = self._whole
+        # Neighbours behind trunks of equal length share a kernel call.
+        for _, run in groupby(branches, key=lambda branch: branch.trunk):
+            members = list(run)
+            self._runs.append(_Run.of(members, begin, device))
+            begin += sum(branch.length for branch in members)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """See :class:`Plan`."""
+        parts = (part[:, : self._whole] for part in (query, key, value))
+        whole = self._segments.attend(layer, *parts, scale=scale, window=window)
+        runs = (run.attend(query, key, value, scale=scale, window=window) for run in self._runs)
+        return torch.cat([whole, *runs])
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """B branches behind trunks of T tokens each, padded to the longest, L, for this kernel alone."""
+
+    keys: Tensor  # (B, T + L) packed indices of what each branch may attend to
+    trunk: int  # T
+    kept: Tensor  # of the B x L padded rows, those that are tokens
+
+    @classmethod
+    def of(cls, branches: Sequence[Branch], begin: int, device: torch.device) -> _Run:
+        """The run of ``branches``, the first of which is packed at ``begin``."""
+        trunk = torch.tensor([branch.start for branch in branches], device=device)
+        lengths = torch.tensor([branch.length for branch in branches], device=device)
+        ends = begin + lengths.cumsum(0)
+        place = torch.arange(int(lengths.max()), device=device)
+        own = torch.minimum((ends - lengths)[:, None] + place, ends[:, None] - 1)
+        shared = trunk[:, None] + torch.arange(branches[0].trunk, device=device)
+        kept = (place < lengths[:, None]).flatten().nonzero()[:, 0]
+        return cls(torch.cat([shared, own], dim=1), branches[0].trunk, kept)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """The output (tokens of the branches, heads, head_dim)."""
+        own = self.keys[:, self.trunk :]
+        q, k, v = (
+            part[:, index].transpose(0, 1)  # (B, heads, L or T + L, head_dim)
+            for part, index in ((query, own), (key, self.keys), (value, self.keys))
+        )
+        # Padding stands behind a branch's last token, where nothing of the branch looks.
+        mask = window_mask(q.shape[2], k.shape[2], window, query.device)
+        gqa = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, self.kept)
 
 
 def window_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

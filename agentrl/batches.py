@@ -1,14 +1,16 @@
-"""Samples to packed tensors: a token budget a microbatch, no padding, every sample whole.
+"""Samples to packed tensors: a token budget a microbatch, no padding, a shared opening once.
 
-A batch concatenates samples; attention must treat each of them as a sequence of its own. What only trained
-tokens have (logprobs, advantages, ...) is stored for those alone, (M,). Shapes: N packed tokens, M trained
-tokens, S samples, T tokens of one sample. Packing and splitting are deterministic.
+A batch concatenates sequences: whole samples, and openings that siblings share. Behind them stand the
+branches, what is left of those siblings. Attention must treat each sequence as its own, and a branch as its
+opening's continuation. What only trained tokens have (logprobs, advantages, ...) is stored for those alone,
+(M,). Shapes: N packed tokens, M trained tokens, S samples, T tokens of one sample. Packing and splitting are
+deterministic.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agentrl.attention import Branch
 from agentrl.errors import BadConfig
-from agentrl.types import FloatArray, Sample
+from agentrl.types import FloatArray, IntArray, Sample
 
 __all__ = ["Batch", "make_batches", "split_minibatches", "unpack"]
 
@@ -27,10 +30,13 @@ class Batch:
     """The packed samples of one forward and backward."""
 
     token_ids: Tensor  # (N,) int64
-    positions: Tensor  # (N,) int64, from 0 in every sample
-    lengths: tuple[int, ...]  # (S,) tokens of each sample, in packed order; they sum to N
+    positions: Tensor  # (N,) int64, of each token in its sample
+    sequences: tuple[int, ...]  # tokens of each whole sample or shared opening, in packed order
+    branches: tuple[Branch, ...]  # what goes on behind a shared opening, in packed order behind the sequences
+    lengths: tuple[int, ...]  # (S,) tokens of each sample, T; the shared ones count for every sibling
     indices: tuple[int, ...]  # (S,) where each sample stood among those handed to make_batches
     trained: Tensor  # (M,) int64, packed index of each trained token; never the first of a sample
+    previous: Tensor  # (M,) int64, packed index of the token before it
     sample: Tensor  # (M,) int64, which of the S samples the token belongs to
     logprobs: Tensor  # (M,) float32 nats, the sampler's
     advantages: Tensor | None = None  # (M,) float32
@@ -38,14 +44,14 @@ class Batch:
     reference: Tensor | None = None  # (M,) float32 nats, under the reference model
 
     def __post_init__(self) -> None:
-        tokens = sum(self.lengths)
+        tokens = sum(self.sequences) + sum(branch.length for branch in self.branches)
         if not self.token_ids.shape == self.positions.shape == (tokens,):
             raise ValueError(
                 f"token_ids {tuple(self.token_ids.shape)} and positions must both be ({tokens},)"
             )
         if len(self.indices) != len(self.lengths):
             raise ValueError(f"{len(self.indices)} indices for {len(self.lengths)} samples")
-        for name in ("sample", *_TRAINED):
+        for name in ("previous", "sample", *_TRAINED):
             values = getattr(self, name)
             if values is not None and values.shape != self.trained.shape:
                 raise ValueError(
@@ -75,14 +81,21 @@ _TRAINED = (
 def make_batches(samples: Sequence[Sample], *, tokens_per_microbatch: int) -> list[Batch]:
     """Pack ``samples`` into batches of at most ``tokens_per_microbatch`` tokens each, first fit decreasing.
 
-    The longest samples come first, so neighbours are often equally long and share an attention kernel;
-    ``Batch.indices`` says where each came from. A sample without trained tokens is packed like any other.
-    Raises BadConfig for a sample longer than the budget, ValueError where only some samples have advantages,
-    old or reference.
+    Samples of a task that begin with the same untrained tokens share them, up to the first trained token; a
+    family too large for one batch repeats its opening. The longest come first, so neighbours are often
+    equally long and share an attention kernel; ``Batch.indices`` says where each came from. A sample without
+    trained tokens is packed like any other. Raises BadConfig for a sample longer than the budget, ValueError
+    where only some samples have advantages, old or reference.
     """
     present = [name for name in _TRAINED if _all_or_none(samples, name)]
-    members = _first_fit_decreasing([len(s.token_ids) for s in samples], budget=tokens_per_microbatch)
-    return [_pack(samples, indices, present=present) for indices in members]
+    _check_lengths(samples, budget=tokens_per_microbatch)
+    families = [
+        part
+        for shared, members in _families(samples)
+        for part in _cut(samples, shared, members, budget=tokens_per_microbatch)
+    ]
+    bins = _first_fit_decreasing([family.tokens for family in families], budget=tokens_per_microbatch)
+    return [_pack(samples, [families[at] for at in members], present=present) for members in bins]
 
 
 def unpack(batches: Sequence[Batch], values: Sequence[Tensor]) -> list[FloatArray]:
@@ -92,10 +105,12 @@ def unpack(batches: Sequence[Batch], values: Sequence[Tensor]) -> list[FloatArra
     """
     found: dict[int, FloatArray] = {}
     for batch, of_trained in zip(batches, values, strict=True):
-        packed = torch.zeros(len(batch.token_ids), dtype=torch.float32)
-        packed[batch.trained.cpu()] = of_trained.detach().to("cpu", torch.float32)
-        pieces = torch.split(packed, list(batch.lengths))
-        found.update((index, piece.numpy()) for index, piece in zip(batch.indices, pieces, strict=True))
+        offsets = np.concatenate([[0], np.cumsum(batch.lengths)])
+        flat = np.zeros(offsets[-1], np.float32)
+        place = batch.positions[batch.trained].cpu().numpy()
+        flat[offsets[batch.sample.cpu().numpy()] + place] = of_trained.detach().float().cpu().numpy()
+        pieces = np.split(flat, offsets[1:-1])
+        found.update(zip(batch.indices, pieces, strict=True))
     return [found[index] for index in range(len(found))]
 
 
@@ -116,17 +131,21 @@ def split_minibatches(samples: Sequence[Sample], count: int, *, seed: int) -> li
     return [[samples[index] for index in sorted(part)] for part in members]
 
 
+def _check_lengths(samples: Sequence[Sample], *, budget: int) -> None:
+    longest = max((len(sample.token_ids) for sample in samples), default=0)
+    if longest > budget:
+        raise BadConfig(
+            f"a sample of {longest} tokens does not fit into a microbatch of {budget}; samples are "
+            f"never cut: set batch.tokens_per_microbatch to at least {longest}, or shorten the episodes"
+        )
+
+
 def _first_fit_decreasing(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     """Indices into ``lengths`` by bin: longest first, each into the first bin with room for it."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
-        if length > budget:
-            raise BadConfig(
-                f"a sample of {length} tokens does not fit into a microbatch of {budget}; samples are "
-                f"never cut: set batch.tokens_per_microbatch to at least {length}, or shorten the episodes"
-            )
         place = next((at for at, free in enumerate(room) if free >= length), len(bins))
         if place == len(bins):
             bins.append([])
@@ -136,23 +155,107 @@ def _first_fit_decreasing(lengths: Sequence[int], *, budget: int) -> list[list[i
     return bins
 
 
-def _pack(samples: Sequence[Sample], indices: Sequence[int], *, present: Sequence[str]) -> Batch:
-    chosen = [samples[index] for index in indices]
-    mask = np.concatenate([s.mask for s in chosen])
-    lengths = tuple(len(s.token_ids) for s in chosen)
-    owner = np.repeat(np.arange(len(chosen)), lengths)
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Samples with ``shared`` first tokens in common, by index; of one sample nothing is shared."""
+
+    shared: int
+    members: tuple[int, ...]
+    tokens: int  # packed
+
+
+def _families(samples: Sequence[Sample]) -> list[tuple[int, list[int]]]:
+    """(tokens shared, indices) of the samples with a common opening."""
+    found: dict[tuple[str, bytes], list[int]] = {}
+    for index, sample in enumerate(samples):
+        opening = int(sample.mask.argmax()) if sample.mask.any() else 0
+        found.setdefault((sample.task_id, sample.token_ids[:opening].tobytes()), []).append(index)
+    families: list[tuple[int, list[int]]] = []
+    for (_, opening_ids), members in found.items():
+        if opening_ids and len(members) > 1:
+            families.append((len(opening_ids) // samples[0].token_ids.itemsize, members))
+        else:
+            families += [(0, [index]) for index in members]
+    return families
+
+
+def _cut(samples: Sequence[Sample], shared: int, members: Sequence[int], *, budget: int) -> Iterator[_Family]:
+    """The family in parts of at most ``budget`` tokens."""
+    own = [len(samples[index].token_ids) - shared for index in members]
+    for part in _first_fit_decreasing(own, budget=budget - shared):
+        indices = tuple(members[at] for at in part)
+        yield _Family(shared if len(part) > 1 else 0, indices, shared + sum(own[at] for at in part))
+
+
+def _pack(samples: Sequence[Sample], families: Sequence[_Family], *, present: Sequence[str]) -> Batch:
+    layout = _Layout(samples, families)
+    chosen = [samples[index] for index in layout.indices]
+    masks = [sample.mask for sample in chosen]
+    positions = [np.flatnonzero(mask) for mask in masks]
     return Batch(
-        token_ids=torch.from_numpy(np.concatenate([s.token_ids for s in chosen]).astype(np.int64)),
-        positions=torch.cat([torch.arange(length) for length in lengths]),
-        lengths=lengths,
-        indices=tuple(indices),
-        trained=torch.from_numpy(np.flatnonzero(mask)),
-        sample=torch.from_numpy(owner[mask]),
+        token_ids=torch.from_numpy(np.concatenate(layout.token_ids).astype(np.int64)),
+        positions=torch.from_numpy(np.concatenate(layout.positions)),
+        sequences=tuple(layout.sequences),
+        branches=tuple(layout.branches),
+        lengths=tuple(len(sample.token_ids) for sample in chosen),
+        indices=tuple(layout.indices),
+        trained=torch.from_numpy(
+            np.concatenate([w[p] for w, p in zip(layout.where, positions, strict=True)])
+        ),
+        previous=torch.from_numpy(
+            np.concatenate([w[p - 1] for w, p in zip(layout.where, positions, strict=True)])
+        ),
+        sample=torch.from_numpy(np.repeat(np.arange(len(chosen)), [len(p) for p in positions])),
         **{
-            name: torch.from_numpy(np.concatenate([getattr(s, name) for s in chosen])[mask])
+            name: torch.from_numpy(
+                np.concatenate([getattr(s, name)[m] for s, m in zip(chosen, masks, strict=True)])
+            )
             for name in present
         },
     )
+
+
+class _Layout:
+    """Where the tokens of ``families`` go: sequences first, longest first; then the branches."""
+
+    def __init__(self, samples: Sequence[Sample], families: Sequence[_Family]) -> None:
+        self.token_ids: list[IntArray] = []
+        self.positions: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        self.sequences: list[int] = []
+        self.branches: list[Branch] = []
+        self.indices: list[int] = []  # of the samples in packed order
+        self.where: list[
+            np.ndarray[Any, np.dtype[np.int64]]
+        ] = []  # (T,) packed index of each sample's tokens
+        self._end = 0
+        begun = [
+            (self._add(samples[family.members[0]].token_ids[: family.shared or None], start=0), family)
+            for family in sorted(families, key=lambda one: -_first_length(samples, one))
+        ]
+        self.sequences = [len(sequence) for sequence, _ in begun]
+        for sequence, family in begun:
+            if not family.shared:
+                self.indices.append(family.members[0])
+                self.where.append(sequence)
+        for trunk, family in begun:
+            for index in family.members if family.shared else ():
+                own = self._add(samples[index].token_ids[family.shared :], start=family.shared)
+                self.branches.append(Branch(int(trunk[0]), family.shared, len(own)))
+                self.indices.append(index)
+                self.where.append(np.concatenate([trunk, own]))
+
+    def _add(self, token_ids: IntArray, *, start: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Append tokens whose positions begin at ``start``; their packed indices."""
+        count = len(token_ids)
+        self.token_ids.append(token_ids)
+        self.positions.append(np.arange(start, start + count))
+        self._end += count
+        return np.arange(self._end - count, self._end)
+
+
+def _first_length(samples: Sequence[Sample], family: _Family) -> int:
+    """Tokens of the sequence that a family begins with."""
+    return family.shared or len(samples[family.members[0]].token_ids)
 
 
 def _all_or_none(samples: Sequence[Sample], name: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from agentrl.attention import Segments
+from agentrl.attention import Branches
 from agentrl.batches import Batch, make_batches, split_minibatches, unpack
 from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
 from agentrl.engine import Adapter
@@ -47,7 +47,8 @@ class _Logprobs(nn.Module):
         self._rows_per_chunk = rows_per_chunk
 
     def forward(self, batch: Batch, *, temperature: float) -> tuple[Tensor, Tensor]:
-        hidden = backbone(self.model, batch.token_ids, batch.positions, Segments(batch.lengths))
+        plan = Branches(batch.sequences, batch.branches, batch.token_ids.device)
+        hidden = backbone(self.model, batch.token_ids, batch.positions, plan)
         return token_logprobs(
             hidden,
             batch.token_ids,
@@ -55,6 +56,7 @@ class _Logprobs(nn.Module):
             head=scoring_head(self.model),
             temperature=temperature,
             rows_per_chunk=self._rows_per_chunk,
+            previous=batch.previous,
         )
 
 

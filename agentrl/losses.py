@@ -47,16 +47,17 @@ def token_logprobs(
     head: Head | Tensor,
     temperature: float,
     rows_per_chunk: int,
+    previous: Tensor | None = None,  # (M,) int64, where the token before each is; None: right before it
 ) -> tuple[Tensor, Tensor]:
     """Logprob (M,) of ``token_ids[index]`` given what precedes it, and the entropy (M,) there, detached.
 
-    This is the only shift in the code base: the token at ``t`` is predicted by ``hidden[t - 1]``. Results are
+    This is the only shift in the code base: a token is predicted by the hidden state before it. Results are
     float32 (float64 where the logits are). Gradients reach ``hidden`` and the parameters of ``head``, whose
     logits exist for ``rows_per_chunk`` rows at a time and are recomputed in backward; a Tensor is the weight
     (V, D) of a linear head that is not trained, and needs neither. ``index`` may be empty. Logits must be
     finite.
     """
-    rows = torch.split(hidden.index_select(0, index - 1), rows_per_chunk)
+    rows = torch.split(hidden.index_select(0, index - 1 if previous is None else previous), rows_per_chunk)
     targets = torch.split(token_ids.index_select(0, index), rows_per_chunk)
     if isinstance(head, Tensor):
         frozen = partial(frozen_head_logprobs, weight=head, temperature=temperature)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from agentrl.attention import PACKED, Segments, window_mask
+from agentrl.attention import PACKED, Branch, Branches, Segments, window_mask
 from agentrl.errors import UnsupportedModel
 from agentrl.models import backbone
 
@@ -83,6 +83,37 @@ def test_a_change_in_one_sequence_leaves_the_others_bit_for_bit() -> None:
     untouched = [*range(4), *range(8, 12)]
     assert torch.equal(before[untouched], after[untouched])
     assert not torch.equal(before[4:8], after[4:8])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), max_size=4)), min_size=1, max_size=4),
+    st.sampled_from([None, 1, 3, 7]),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_branch_attends_as_its_trunk_and_itself_would_in_one_sequence(
+    trees: list[tuple[int, list[int]]], window: int | None
+) -> None:
+    trees = sorted(trees, reverse=True)
+    sequences = [trunk for trunk, _ in trees]
+    starts = [sum(sequences[:at]) for at in range(len(trees))]
+    branches = [
+        Branch(start, trunk, length)
+        for start, (trunk, lengths) in zip(starts, trees, strict=True)
+        for length in lengths
+    ]
+    total = sum(sequences) + sum(branch.length for branch in branches)
+    parts = random_parts(total, heads=4, kv_heads=2)
+    out = Branches(sequences, branches, torch.device("cpu")).attend(0, *parts, scale=0.3, window=window)
+    begin = sum(sequences)
+    assert torch.allclose(
+        out[:begin], naive([p[:, :begin] for p in parts], sequences, scale=0.3, window=window), atol=1e-12
+    )
+    for branch in branches:
+        trunk = range(branch.start, branch.start + branch.trunk)
+        whole = [*trunk, *range(begin, begin + branch.length)]
+        alone = naive([part[:, whole] for part in parts], [len(whole)], scale=0.3, window=window)
+        assert torch.allclose(out[begin : begin + branch.length], alone[branch.trunk :], atol=1e-12)
+        begin += branch.length
 
 
 def test_a_window_counts_the_token_itself() -> None:

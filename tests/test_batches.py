@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentrl.attention import Branch
 from agentrl.batches import Batch, make_batches, split_minibatches, unpack
 from agentrl.errors import BadConfig
 from agentrl.types import Sample
@@ -142,7 +143,76 @@ def test_a_batch_whose_shapes_disagree_is_refused() -> None:
     with pytest.raises(ValueError, match="logprobs has shape"):
         dataclasses.replace(batch, logprobs=torch.zeros(99))
     with pytest.raises(ValueError, match="token_ids"):
-        dataclasses.replace(batch, lengths=(4, 6))
+        dataclasses.replace(batch, sequences=(4, 6))
+
+
+def siblings(opening: int, lengths: list[int], *, seed: int = 0) -> list[Sample]:
+    """Samples of one task that begin with the same ``opening`` tokens and train all that follows."""
+    rng = np.random.default_rng([seed, opening])
+    shared = rng.integers(0, 100, opening, dtype=np.int32)
+    made = []
+    for length in lengths:
+        mask = np.arange(opening + length) >= opening
+        made.append(
+            Sample(
+                task_id=f"family-{seed}",
+                sibling=len(made),
+                token_ids=np.concatenate([shared, rng.integers(0, 100, length, dtype=np.int32)]),
+                mask=mask,
+                logprobs=np.where(mask, -rng.random(len(mask)), 0.0),
+                rewards=np.zeros(len(mask), dtype=np.float32),
+                versions=np.where(mask, 0, -1),
+            )
+        )
+    return made
+
+
+FAMILIES = st.lists(
+    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=6)), max_size=5
+)
+
+
+@given(families=FAMILIES, budget=st.integers(18, 60))
+def test_an_opening_that_siblings_share_is_packed_once_a_batch(
+    families: list[tuple[int, list[int]]], budget: int
+) -> None:
+    samples = [s for seed, (opening, own) in enumerate(families) for s in siblings(opening, own, seed=seed)]
+    batches = make_batches(samples, tokens_per_microbatch=budget)
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(len(samples)))
+    for batch in batches:
+        assert len(batch.token_ids) <= budget
+        openings = {samples[i].task_id: int(samples[i].mask.argmax()) for i in batch.indices}
+        own = sum(samples[i].trained_tokens for i in batch.indices)
+        assert len(batch.token_ids) == sum(openings.values()) + own
+
+
+@given(families=FAMILIES, budget=st.integers(18, 60))
+def test_a_trained_token_follows_the_token_before_it_wherever_that_is_packed(
+    families: list[tuple[int, list[int]]], budget: int
+) -> None:
+    samples = [s for seed, (opening, own) in enumerate(families) for s in siblings(opening, own, seed=seed)]
+    batches = make_batches(samples, tokens_per_microbatch=budget)
+    for batch in batches:
+        for name, shift in (("trained", 0), ("previous", 1)):
+            packed = getattr(batch, name)
+            expected = [
+                (samples[i].token_ids[t - shift], t - shift)
+                for i in batch.indices
+                for t in np.flatnonzero(samples[i].mask)
+            ]
+            found = zip(batch.token_ids[packed].tolist(), batch.positions[packed].tolist(), strict=True)
+            assert list(found) == expected
+    unpacked = unpack(batches, [batch.logprobs for batch in batches])
+    assert [values.tolist() for values in unpacked] == [s.logprobs.tolist() for s in samples]
+
+
+def test_branches_stand_behind_all_sequences_and_point_at_their_trunk() -> None:
+    family, alone = siblings(3, [2, 4]), siblings(5, [1], seed=1)
+    (batch,) = make_batches([*family, *alone], tokens_per_microbatch=99)
+    assert batch.sequences == (6, 3)
+    assert batch.branches == (Branch(start=6, trunk=3, length=4), Branch(start=6, trunk=3, length=2))
+    assert batch.indices == (2, 1, 0)
+    assert batch.lengths == (6, 7, 5)
 
 
 @given(lengths=LENGTHS, count=st.integers(1, 6), seed=st.integers(0, 2**63 - 1))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from agentrl.batches import make_batches
 from agentrl.checkpoint import write_adapter
 from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
 from agentrl.engine import Adapter
@@ -133,6 +134,37 @@ def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(make_learner: Ma
         assert distance(first, other) < 1e-5
     for row in rows[1:]:
         assert row == pytest.approx(rows[0], rel=1e-5, abs=1e-9)
+
+
+def test_siblings_that_share_their_opening_give_the_gradient_that_they_give_alone(
+    make_learner: MakeLearner,
+) -> None:
+    opening = np.random.default_rng(7).integers(0, VOCABULARY, 9)
+    given: list[Sample] = []
+    for one in samples(6):
+        mask = np.concatenate([np.zeros(9, bool), [True], one.mask[1:]])
+        padded = {
+            name: np.concatenate([np.zeros(9), getattr(one, name)])
+            for name in ("logprobs", "rewards", "advantages")
+        }
+        padded["advantages"] = np.where(mask, padded["advantages"].max() + 0.3, 0.0)
+        given.append(
+            dataclasses.replace(
+                one,
+                task_id="shared",
+                token_ids=np.concatenate([opening, one.token_ids]),
+                mask=mask,
+                versions=np.where(mask, 0, -1),
+                **padded,
+            )
+        )
+    (batch,) = make_batches(given, tokens_per_microbatch=10_000)
+    assert len(batch.token_ids) == 9 + sum(len(one.token_ids) - 9 for one in given)
+    apart = [dataclasses.replace(one, task_id=str(at)) for at, one in enumerate(given)]
+    learners = make_learner(tokens_per_microbatch=10_000), make_learner(tokens_per_microbatch=10_000)
+    rows = [update(learner, way) for learner, way in zip(learners, (given, apart), strict=True)]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-6, abs=1e-9)
+    assert distance(*map(gradient, learners)) < 1e-6
 
 
 def test_untrained_tokens_have_exactly_no_gradient(make_learner: MakeLearner) -> None:
