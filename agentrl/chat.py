@@ -320,8 +320,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
         template = template.get("tool_use", template.get("default"))
     if not template:
         raise UnsupportedModel(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; a chat needs one. "
-            "Use an instruction-tuned model, or set tokenizer.chat_template and save the tokenizer."
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; a chat needs one. Use an "
+            "instruction-tuned model (names often end in -it or -Instruct), or put a chat_template.jinja "
+            "beside its tokenizer_config.json."
         )
     return str(template)
 

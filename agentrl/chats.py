@@ -59,8 +59,10 @@ class Chats:
 
 
 def _explain(certificate: Certificate) -> str:
-    rows = [f"  {row.kind}: {row.detail}" for row in certificate.rows if row.status == "unsupported"]
-    return "\n".join(
-        ["the model's chat template can't carry these conversations exactly:", *rows]
-        + ["Use another model, or give its tokenizer a chat template that can."]
+    rows = [
+        f"{row.kind} ({row.detail.rstrip('.')})" for row in certificate.rows if row.status == "unsupported"
+    ]
+    return (
+        f"the model's chat template can't carry these conversations exactly: {'; '.join(rows)}. "
+        "Use another model, or give its tokenizer a chat template that can."
     )

@@ -2,126 +2,178 @@
 
     checkpoints/step_000010/  adapter_config.json, adapter_model.safetensors: an ordinary PEFT adapter
                               optimizer.pt   AdamW's moments
-                              state.json     step, adapter version, config digest
+                              state.json     step, adapter version, configuration, tokenizer, process, score
+                              manifest.json  this format's version; size and SHA-256 of every other file
 
-Everything random is derived from the seed and the step, so the step is all that a data position needs.
-Folders are written aside, flushed and renamed; a folder without ``state.json``, which is written last, is not
-a checkpoint.
+Checkpoints lie between steps. What a resumed run needs beside them is derived from the seed and the step
+(see agentrl.resume). Folders are written aside, flushed and renamed. One that was damaged later does not fit
+its manifest: it is reported and the one before it is used.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from agentrl.engine import Adapter
-from agentrl.errors import BadConfig, BadData
+from agentrl.errors import BadData
+from agentrl.files import PARTIAL, remove_folder, write_folder
+from agentrl.resume import Process
 
-__all__ = [
-    "Checkpoints",
-    "State",
-    "check_same_configuration",
-    "read_adapter",
-    "write_adapter",
-    "write_folder",
-]
+__all__ = ["Checkpoints", "Saved", "State", "read_adapter", "saving_weights", "write_adapter"]
+
+_FORMAT = 1  # of the folder; another version's is refused, not guessed at
+_MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """Where a run stood."""
 
     step: int  # steps done
     version: int  # of the adapter
-    digest: str  # of the configuration
+    config: str  # resolved, YAML
+    tokenizer: str  # agentrl.resume.tokenizer_digest
+    process: Process
+    score: float | None = None  # held-out pass@k at this step, of the smallest k; None where not measured
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that was read back."""
+
+    path: Path
+    state: State
+    adapter: Adapter
+    optimizer: dict[str, Any]  # AdamW's state
 
 
 class Checkpoints:
     """The checkpoints of one run, by step."""
 
     def __init__(self, root: Path, *, keep: int) -> None:
+        """``keep`` of the newest stay, and the first of those with the best score."""
         self._root, self._keep = root, keep
 
     def save(self, state: State, *, adapter: Adapter, optimizer: Mapping[str, Any]) -> Path:
-        """Write one, then remove all but the newest ``keep``."""
+        """Write one, then remove those that are not kept. Raises CannotWrite, and has removed none then."""
 
         def write(folder: Path) -> None:
             write_adapter(folder, adapter)
-            torch.save(dict(optimizer), folder / "optimizer.pt")
-            (folder / "state.json").write_text(json.dumps(asdict(state)))
+            # In memory first: torch's writer reports a full disk as a RuntimeError.
+            moments = io.BytesIO()
+            torch.save(dict(optimizer), moments)
+            (folder / "optimizer.pt").write_bytes(moments.getbuffer())
+            (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
+            files = {file.name: _measure(file) for file in sorted(folder.iterdir())}
+            (folder / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=2))
 
         path = self._root / f"step_{state.step:06d}"
         write_folder(path, write)
-        for old in (*self._complete()[: -self._keep], *self._root.glob(f"*{_PARTIAL}")):
-            _remove_folder(old)
+        self._tidy()
         return path
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return next(reversed(self._complete()), None)
+    def latest(self, *, on_damage: Callable[[str], object] = lambda line: None) -> Path | None:
+        """The newest whole checkpoint; ``on_damage`` is told of each newer one that is not, in one line.
 
-    def read(self, path: Path, *, digest: str) -> tuple[State, Adapter, dict[str, Any]]:
-        """State, adapter and optimizer state. Raises BadConfig where the run was configured otherwise."""
-        state = State(**json.loads((path / "state.json").read_text()))
-        if state.digest != digest:
-            raise BadConfig(
-                f"{path} was written under another configuration ({state.digest}, now {digest}); a run "
-                "resumes with the one that it began with: repeat the command as it was, or start a new run "
-                "with name=..."
-            )
+        Raises BadData where it is of another version of the format.
+        """
+        for path in reversed(self._folders()):
+            damage = _find_damage(path)
+            if not damage:
+                return path
+            on_damage(f"{path} is damaged ({damage}) and left out; the checkpoint before it is used")
+        return None
+
+    def read(self, path: Path) -> Saved:
+        """A whole checkpoint."""
         optimizer = torch.load(path / "optimizer.pt", weights_only=True)
-        return state, read_adapter(path), optimizer
+        return Saved(path, _read_state(path), read_adapter(path), optimizer)
 
-    def _complete(self) -> list[Path]:
-        """By step; what has no ``state.json``, or was not renamed yet, is no checkpoint."""
-        folders = (path.parent for path in self._root.glob("step_*/state.json"))
-        return sorted(folder for folder in folders if folder.suffix != _PARTIAL)
+    def forget_after(self, step: int) -> None:
+        """Remove what a run that goes on behind ``step`` is going to do again, and what is not kept."""
+        for path in self._folders():
+            if path.name > f"step_{step:06d}":
+                remove_folder(path)
+        self._tidy()
+
+    def best(self) -> tuple[Path, float] | None:
+        """The first checkpoint with the highest score, and that score; None where none has one."""
+        scored = ((path, _read_score(path)) for path in self._folders())
+        known = [(path, score) for path, score in scored if score is not None]
+        return max(known, key=lambda one: one[1], default=None)
+
+    def _folders(self) -> list[Path]:
+        """By step, damaged ones included; what was not renamed yet is none."""
+        return sorted(path for path in self._root.glob("step_*") if path.suffix != PARTIAL)
+
+    def _tidy(self) -> None:
+        """Remove all but the newest and the best, and what a kill left half written."""
+        best = self.best()
+        ours = [path for path in self._folders() if (path / _MANIFEST).is_file()]
+        kept = {*ours[-self._keep :], *((best[0],) if best else ())}
+        for path in (*ours, *self._root.glob(f"*{PARTIAL}")):
+            if path not in kept:
+                remove_folder(path)
 
 
-def check_same_configuration(path: Path, text: str) -> None:
-    """Raises BadConfig, naming the keys, where the configuration ``text`` (YAML) is not the one in ``path``.
+def _measure(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
-    Nothing is wrong where there is no ``path`` yet.
-    """
-    if not path.is_file():
-        return
-    before, now = (dict(_flat(yaml.safe_load(given))) for given in (path.read_text("utf-8"), text))
-    differing = [
-        f"{key} was {before.get(key, 'not set')!r} and is {now.get(key, 'not set')!r}"
-        for key in {**before, **now}
-        if before.get(key, _MISSING) != now.get(key, _MISSING)
-    ]
-    if differing:
-        raise BadConfig(
-            f"{path.parent} can't be resumed with another configuration: {'; '.join(differing)}. Repeat the "
-            "command as it was, or start a new run with name=..."
+
+def _find_damage(path: Path) -> str:
+    """What does not fit the manifest, "" where all does. Raises BadData for another version's folder."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        found, files = manifest["format"], dict(manifest["files"])
+    except FileNotFoundError:
+        if not (path / "state.json").is_file():
+            return f"{_MANIFEST} is missing"
+        found, files = "none", {}
+    except (ValueError, KeyError, TypeError):
+        return f"{_MANIFEST} can't be read"
+    if found != _FORMAT:
+        raise BadData(
+            f"{path} is a checkpoint of another version: its format is {found}, but {_FORMAT} is read here. "
+            "Go on with the agentrl that wrote it, or start a new run with name=..."
         )
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        measured = _measure(path / name)
+        if measured != expected:
+            sizes = measured["bytes"], expected["bytes"]
+            return f"{name} has {sizes[0]} of {sizes[1]} bytes" if sizes[0] != sizes[1] else f"{name} changed"
+    return ""
 
 
-_MISSING = object()
+def _read_state(path: Path) -> State:
+    values = json.loads((path / "state.json").read_text())
+    return State(**{**values, "process": Process(**values["process"])})
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def _read_score(path: Path) -> float | None:
+    """None also where damage, which is no matter until the checkpoint is read, hides it."""
+    try:
+        return _read_state(path).score
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write ``adapter`` the way PEFT does, so that ``PeftModel.from_pretrained(model, folder)`` loads it."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file(dict(adapter.tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(dict(adapter.tensors), {"format": "pt"}))
     config = {
         key: sorted(value) if isinstance(value, set) else value for key, value in adapter.config.items()
     }
@@ -144,36 +196,12 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(config, load_file(folder / "adapter_model.safetensors"))
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Have ``write(folder)`` fill a folder that then becomes ``path``, flushed, whole or not at all."""
-    partial = path.with_name(path.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    for file in (*partial.rglob("*"), partial):
-        _flush(file)
-    _remove_folder(path)
-    partial.rename(path)
-    _flush(path.parent)
+@contextmanager
+def saving_weights() -> Iterator[None]:
+    """Turns what safetensors raises for a disk that refuses its file into the OSError that it stands for."""
+    from safetensors import SafetensorError
 
-
-_PARTIAL = ".partial"  # of a folder that is being written or removed
-
-
-def _remove_folder(path: Path) -> None:
-    """Remove ``path`` if it is there; a kill leaves it whole or under a name that nothing reads."""
-    if not path.exists():
-        return
-    leaving = path if path.suffix == _PARTIAL else path.with_name(f"{path.name}.old{_PARTIAL}")
-    if leaving != path:
-        shutil.rmtree(leaving, ignore_errors=True)
-        path.rename(leaving)
-    shutil.rmtree(leaving)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error

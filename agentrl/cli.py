@@ -1,22 +1,28 @@
 """The command line: train, eval, check, list, show, export, version.
 
-A UserError is one clear line on stderr and exit code 2; an interrupt is 130; a check that fell is 1; a bug
-keeps its traceback. What loads torch is imported by the command that needs it, so ``--help`` is quick.
+A UserError is one clear line on stderr and exit code 2; Ctrl-C is 130 and SIGTERM 143; a check that
+fell is 1; a bug keeps its traceback. What loads torch is imported by the command that needs it, so ``--help``
+is quick.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
 
-from agentrl.errors import BadConfig, UserError
+from agentrl.errors import BadConfig, TooManyInvalid, UserError
+from agentrl.stop_signal import Interrupted
 
 if TYPE_CHECKING:
     from agentrl.engine import Sampling
+    from agentrl.env import Env
 
 __all__ = ["app", "main"]
 
@@ -27,12 +33,13 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, TooManyInvalid) as error:
             typer.echo(f"{type(error).__name__}: {error}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+        except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+            raise typer.Exit(128 + number) from None
 
 
 app = typer.Typer(
@@ -63,11 +70,19 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")
     ] = False,
+    accept: Annotated[
+        str, typer.Option(help="With --resume: settings that may differ from the run's, like steps,batch.")
+    ] = "",
 ) -> None:
     """Train a model on an environment."""
+    from agentrl.configfile import load_config
+
+    config = load_config(target, settings or (), model=model)  # before torch is loaded: most faults are here
     from agentrl.training import train
 
-    train(target, overrides=settings or (), model=model, resume=resume)
+    summary = train(config, resume=resume, accept=[key for key in accept.split(",") if key])
+    if "signal" in summary:  # saved after its step; by convention 130 for Ctrl-C, 143 for SIGTERM
+        raise typer.Exit(128 + summary["signal"])
 
 
 @app.command("eval")
@@ -95,28 +110,29 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure pass@k with 95 % intervals, clustered by task."""
-    from agentrl.configfile import parse_assignments
-    from agentrl.evaluation import evaluate
-    from agentrl.log import Display
-    from agentrl.show import evaluation_table
-
     if greedy and (n is not None or temperature is not None):
         raise BadConfig("-n and --temperature have no effect with --greedy, one episode a task: remove them")
     n = n or (1 if greedy else 8)
     temperature = 0.0 if greedy else 1.0 if temperature is None else temperature
+    counts, sampling = _counts(k), _sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k)
+    args = _check_evaluation(env, settings, model=model, split=split, json_path=json_path)
+    from agentrl.evaluation import evaluate
+    from agentrl.log import Display
+    from agentrl.show import evaluation_table
+
     with Display() as display, display.bar("episodes", total=tasks * n) as bar:
         result = evaluate(
             env,
             model=model,
             adapter=adapter,
             n=n,
-            k=_counts(k),
+            k=counts,
             tasks=tasks,
             split=split,
             seed=seed,
-            sampling=_sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k),
+            sampling=sampling,
             context=context,
-            args=parse_assignments(settings or ()),
+            args=args,
             on_episode=bar.advance,
             on_note=display.note,
         ).to_json()
@@ -135,9 +151,12 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
 
     from agentrl.checks import check_environment
     from agentrl.configfile import parse_assignments
+    from agentrl.preflight import check_splits
     from agentrl.registry import make
 
-    report = check_environment(make(env, **parse_assignments(settings or ())))
+    made = make(env, **parse_assignments(settings or ()))
+    check_splits(made, cast("Env", made.unwrapped).splits)
+    report = check_environment(made)
     table = Table("check", "result", "detail", title=env, title_justify="left")
     for row in report.rows:
         table.add_row(row.name, "passed" if row.passed else "FELL", Text(row.detail))
@@ -193,6 +212,24 @@ def version() -> None:
 def main() -> None:
     """The console script."""
     app(prog_name="agentrl")
+
+
+def _check_evaluation(
+    env: str, settings: Sequence[str] | None, *, model: str, split: str, json_path: Path | None
+) -> dict[str, Any]:
+    """The environment's arguments, once what can be wrong is known to be right without loading torch."""
+    from agentrl.configfile import parse_assignments
+    from agentrl.modelfiles import find_model_files
+    from agentrl.preflight import check_splits, check_writable
+    from agentrl.registry import make
+
+    args = parse_assignments(settings or ())
+    with closing(make(env, **args)) as made:
+        check_splits(made, [split])
+    find_model_files(model)
+    if json_path is not None:
+        check_writable(json_path.parent, key="--json")
+    return args
 
 
 def _sampling(max_tokens: int, temperature: float, *, top_p: float, top_k: int) -> Sampling:

@@ -6,8 +6,6 @@ Files and overrides become these records in ``agentrl.configfile``. Stages never
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -29,7 +27,6 @@ __all__ = [
     "RunConfig",
     "TinyConfig",
     "WarmStartConfig",
-    "config_digest",
     "dump_config",
 ]
 
@@ -164,8 +161,11 @@ class RolloutConfig(_Section):
     max_turn_tokens: Count = 256  # sampled in one turn
     max_episode_tokens: Count = 2048  # of the whole conversation: the context
     temperature: Positive = 1.0  # above 0: training needs sampling
-    deadline_s: Positive = 60.0  # seconds for one step of the environment
+    deadline_s: Positive = 60.0  # seconds for one step of the environment, its tools' deadlines on top
+    request_deadline_s: Positive = 600.0  # seconds for one request to the engine, from when it was sent
     retries: CountOrZero = 2  # fresh environments after a fault of the world, before the episode is invalid
+    max_invalid: Fraction = 0.2  # share of a step's episodes; the run stops above it
+    stall_s: Positive = 60.0  # seconds in which no episode gets on, until the log says what they wait for
 
     @model_validator(mode="after")
     def _turn_fits(self) -> RolloutConfig:
@@ -252,7 +252,7 @@ class CheckpointConfig(_Section):
     """When the run is saved; it is saved at its end in any case."""
 
     every: Count = 10  # steps between checkpoints
-    keep: Count = 2  # of the newest
+    keep: Count = 2  # of the newest; the best by held-out pass@k of the curve stays beside them
 
 
 class LogConfig(_Section):
@@ -292,6 +292,12 @@ class RunConfig(_Section):
         if algorithm.max_staleness:
             reason = "the embedded engine shares this process with the learner and is strictly on-policy"
             raise ValueError(f"algorithm.max_staleness is {algorithm.max_staleness}; it must be 0: {reason}")
+        longest, budget = rollout.max_episode_tokens, self.batch.tokens_per_microbatch
+        if budget < longest:
+            allowed = (
+                f"it must be at least rollout.max_episode_tokens, {longest}, as one episode may be that long"
+            )
+            raise ValueError(f"batch.tokens_per_microbatch is {budget}; {allowed}")
         if algorithm.minibatches > episodes:
             allowed = f"it must be at most the episodes of a step, {episodes}"
             raise ValueError(f"algorithm.minibatches is {algorithm.minibatches}; {allowed}")
@@ -321,9 +327,3 @@ def _values(section: _Section) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, defaults included; loading it gives an equal configuration."""
     return yaml.safe_dump(_values(config), sort_keys=False, allow_unicode=True)
-
-
-def config_digest(config: RunConfig) -> str:
-    """16 hex digits that differ whenever a resolved value does."""
-    text = json.dumps(_values(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

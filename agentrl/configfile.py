@@ -72,6 +72,7 @@ def resolve_target(text: str) -> Target:
 
     Raises BadConfig where it could be several of them, and UnknownName where it is none.
     """
+    _check_file_name(text)
     found: list[Target] = []
     packaged, environments = packaged_configs(), list_environments()
     if Path(text).is_file():
@@ -84,10 +85,32 @@ def resolve_target(text: str) -> Target:
         listing = ", ".join(f"the {kind} {name}" for kind, name in found)
         raise BadConfig(f"{text!r} is ambiguous: {listing}; write ./{text} for the file, or rename it")
     if not found:
-        hint = did_you_mean(text, [*packaged, *environments])
-        known = "a file, a packaged configuration, an environment's name or 'package.module:Name'"
-        raise UnknownName(f"nothing called {text!r}{hint or f'; it must be {known}.'} See 'agentrl list'.")
+        raise UnknownName(_unknown_target(text, [*packaged, *environments]))
     return found[0]
+
+
+def _check_file_name(text: str) -> None:
+    """Raises BadConfig for what stands there and is no configuration."""
+    path = Path(text)
+    if path.is_dir() and "/" in text:
+        inside = ", ".join(sorted(str(entry) for entry in path.glob("*.yaml"))) or "none"
+        raise BadConfig(f"{text!r} is a folder: name a YAML file; in it there is {inside}")
+    if path.suffix == ".py" and path.is_file():
+        raise BadConfig(f"{text!r} is Python, no YAML: name the environment that it defines, as {text}:Name")
+
+
+def _unknown_target(text: str, names: Sequence[str]) -> str:
+    """What to say of a target that is nothing: a file may be meant to be one beside it."""
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml") and "/" not in text:
+        hint = did_you_mean(text, names)
+        known = "a file, a packaged configuration, an environment's name or 'package.module:Name'"
+        return f"nothing called {text!r}{hint or f'; it must be {known}.'} See 'agentrl list'."
+    beside = {entry.name: str(path.with_name(entry.name)) for entry in sorted(path.parent.glob("*.y*ml"))}
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    meant = f"; did you mean {beside[close[0]]!r}?" if close else did_you_mean(path.stem, names)
+    hint = meant or f"; packaged are {', '.join(packaged_configs())}."
+    return f"no file {text!r} (seen from {Path.cwd()}){hint} See 'agentrl list'."
 
 
 def packaged_configs() -> dict[str, Path]:

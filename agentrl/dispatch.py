@@ -1,7 +1,8 @@
 """The tools of an environment class, and the answers to the tool calls of one message.
 
 Every call is answered exactly once, in the order of the calls, whatever is wrong with it: what the model did
-wrong becomes a text that it can read. WorldErrors and bugs leave, and end the other calls of the message.
+wrong becomes a text that it can read, and is counted. WorldErrors and bugs leave, and end the other calls of
+the message.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agentrl.errors import BadArguments, ToolError, UserError, did_you_mean
+from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, did_you_mean
+from agentrl.faults import count_call
 from agentrl.tools import Tool, as_text, as_tool, is_tool
 from agentrl.types import Message, ToolCall
 
@@ -23,6 +25,8 @@ _BAD_CALLS: Mapping[str, str] = {
     "unclosed": "the tool call was not closed",
     "schema_error": "the arguments of the tool call do not fit",
 }
+_NAME_CHARS = 100  # of the name of an unknown tool that are compared and repeated: a name can be megabytes
+_CANCEL_S = 1.0  # for cancelled calls to end; a coroutine that refuses to keeps nobody
 
 
 def collect_tools(cls: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
@@ -62,7 +66,7 @@ async def answer_calls(
     except BaseException:  # nothing of a failed step goes on behind its back
         for task in running:
             task.cancel()
-        await asyncio.wait(running)
+        await asyncio.wait(running, timeout=_CANCEL_S)
         raise
 
 
@@ -70,12 +74,16 @@ async def _answer(call: ToolCall, tools: Sequence[Tool], deadline_s: float, most
     try:
         tool = _find(call, tools)
         result = await tool.run(tool.parse(call), deadline_s=deadline_s)
+        text, left_out = as_text(result, most_chars=most_chars)
+        if left_out:
+            count_call("cut")
     except (BadArguments, ToolError) as error:  # the model's fault: let it read why
-        result = f"error: {error}"
+        if isinstance(error, ToolError):
+            count_call("late" if isinstance(error, ToolLate) else "error")
+        text, _ = as_text(f"error: {error}", most_chars=most_chars)
     except BaseException as error:
         error.add_note(f"in the tool {call.name!r}, called with {_shown(call.arguments)}")
         raise
-    text = as_text(result, most_chars=most_chars)
     return Message("tool", text, tool_call_id=call.id, name=call.name or None)
 
 
@@ -87,8 +95,9 @@ def _find(call: ToolCall, tools: Sequence[Tool]) -> Tool:
         if tool.name == call.name:
             return tool
     names = [tool.name for tool in tools]
+    meant = call.name[:_NAME_CHARS]
     known = f"the tools are {', '.join(names)}" if names else "there are no tools"
-    raise BadArguments(f"no tool named {call.name!r}{did_you_mean(call.name, names)}; {known}")
+    raise BadArguments(f"no tool named {meant!r}{did_you_mean(meant, names)}; {known}")
 
 
 def _shown(arguments: Mapping[str, Any] | None) -> str:

@@ -23,6 +23,7 @@ from gymnasium.error import ResetNeeded
 
 from agentrl.dispatch import answer_calls, collect_tools
 from agentrl.errors import BadData, UserError, did_you_mean
+from agentrl.faults import blamed_on
 from agentrl.registry import make_reward
 from agentrl.reward import Evidence, Reward, as_score
 from agentrl.spaces import Assistant, Chat
@@ -43,6 +44,7 @@ _RENDERERS: Mapping[str, Callable[[Sequence[Message]], str]] = {
     "html": to_html,
     "json": to_json,
 }
+_BOUNDARIES = {"tools": "tool", "reward": "reward"}  # by part; every other part is the environment's own
 _KEPT_TASK_LISTS = 8  # per class; more configurations at once read theirs again
 
 
@@ -55,12 +57,17 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
 
     metadata = {"render_modes": list(_RENDERERS), "render_fps": 1}
     splits: ClassVar[tuple[str, ...]] = ("train", "test")  # what tasks() knows; the first is reset's default
+    # What ``agentrl check`` would take for a hole and is meant, each with its reason: a probe that may score
+    # above the minimum; a tool, a role or a key of info that may show something of the truth.
+    declared: ClassVar[Mapping[str, str]] = {}
 
     completion_tokens: int  # sampled in this episode; whoever samples adds to it before each action
     timings: dict[str, float]  # seconds by stage of this episode: "step", or "tools" and "reward"
+    at_boundary: str  # where it works now: "tool", "reward", else "environment"
 
     _task_lists: ClassVar[dict[Hashable, TaskList]] = {}
     _settings: Hashable
+    make_twin: Callable[[], Env]  # another one of the same class and settings; pickles where these do
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -69,6 +76,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
     def __new__(cls, *args: Any, **kwargs: Any) -> Env:
         env: Env = super().__new__(cls)
         env._settings = freeze((args, kwargs))  # equal settings share their task lists
+        env.make_twin = functools.partial(cls, *args, **kwargs)
         return env
 
     def __init__(self, *, render_mode: str | None = None) -> None:
@@ -78,7 +86,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
             )
         self.render_mode = render_mode
         self.observation_space, self.action_space = Chat(), Assistant(self.tools)
-        self.completion_tokens, self.timings = 0, {}
+        self.completion_tokens, self.timings, self.at_boundary = 0, {}, "environment"
         self._task: Task | None = None
         self._messages: list[Message] = []
         self._running = False
@@ -108,6 +116,12 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         return ()
 
     @property
+    def tools_deadline_s(self) -> float:
+        """Seconds after which a step's tools have answered or been given up; 0 where tools have no
+        deadline."""
+        return 0.0
+
+    @property
     def task(self) -> Task:
         """The task of this episode."""
         if self._task is None:
@@ -130,7 +144,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
                 f"it has {', '.join(self.splits)}"
             )
         lists, key = type(self)._task_lists, (split, self._settings)
-        if key not in lists:
+        if key not in lists or getattr(lists[key], "failed", None):
             tasks = self.tasks(split)
             while len(lists) >= _KEPT_TASK_LISTS:
                 lists.pop(next(iter(lists)), None)
@@ -161,7 +175,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         self._task = self._choose(options or {})
         self._messages = []
         self._running = True
-        self.completion_tokens, self.timings = 0, {}
+        self.completion_tokens, self.timings, self.at_boundary = 0, {}, "environment"
         with self._naming("setup"):
             self.setup(self._task)
         opening = self.opening(self._task)
@@ -264,12 +278,16 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
 
     @contextmanager
     def _naming(self, part: str) -> Iterator[None]:
-        """Let a traceback say where in which episode it began."""
+        """Let a traceback, a failure of the world and a watchdog say where in which episode they are."""
+        self.at_boundary = _BOUNDARIES.get(part, "environment")
         try:
-            yield
+            with blamed_on(self.at_boundary):
+                yield
         except BaseException as error:
             error.add_note(f"in the {part} of environment {type(self).__qualname__}, task {self.task.id!r}")
             raise
+        finally:
+            self.at_boundary = "environment"
 
 
 class ToolEnv(Env):
@@ -332,6 +350,11 @@ class ToolEnv(Env):
     @property
     def tools(self) -> tuple[Tool, ...]:
         return self._tools
+
+    @property
+    def tools_deadline_s(self) -> float:
+        limits = (self.tool_deadline_s if tool.deadline_s is None else tool.deadline_s for tool in self.tools)
+        return max(limits, default=0.0)
 
     def opening(self, task: Task) -> tuple[Message, ...]:
         if not self.system:

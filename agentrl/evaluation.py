@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from agentrl.chats import Chats
 from agentrl.checkpoint import read_adapter
@@ -23,7 +22,7 @@ from agentrl.engine import Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData
-from agentrl.models import context_length, load_model, load_tokenizer, stop_token_ids
+from agentrl.models import context_length, default_device, load_model, load_tokenizer, stop_token_ids
 from agentrl.registry import make
 from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.seeds import derive
@@ -196,7 +195,7 @@ def evaluate(
     make_env = _factory(environment, dict(args or {}))
     available = tasks_available(make_env(), split, wanted=tasks)
     plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
-    loaded = load_model(model, device="cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(model, device=default_device())
     chats = Chats(load_tokenizer(model), stop_token_ids=stop_token_ids(loaded), on_certificate=on_note)
     context = min(context, context_length(loaded))
     limits = RolloutConfig(max_turn_tokens=min(sampling.max_tokens, context), max_episode_tokens=context)

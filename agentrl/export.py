@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agentrl.checkpoint import Checkpoints, read_adapter, write_folder
+from agentrl.checkpoint import Checkpoints, read_adapter, saving_weights
 from agentrl.configfile import load_config
 from agentrl.errors import BadConfig, BadData
+from agentrl.files import write_folder
 from agentrl.log import RunFolder
 from agentrl.models import load_model, load_tokenizer
 
@@ -41,7 +42,8 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
     merged = policy.merge_and_unload()
 
     def write(path: Path) -> None:
-        merged.save_pretrained(path)
+        with saving_weights():
+            merged.save_pretrained(path)
         load_tokenizer(base).save_pretrained(path)
 
     write_folder(target, write)

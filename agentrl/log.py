@@ -1,6 +1,7 @@
 """What a run leaves behind while it runs: its folder, its rows, its transcripts, its bars on a terminal.
 
     runs/NAME/  config.yaml        the resolved configuration
+                process.json       threads and versions of the process that began it
                 metrics.jsonl      one row a step of a phase: "phase", "step", metrics called "stage/quantity"
                 trajectories/      step_000012.jsonl, one transcript a line
                 summary.json       written when the run ends, at once or not at all
@@ -18,13 +19,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Self
 
 import yaml
 from rich.console import Console, RenderableType
@@ -39,6 +38,7 @@ from rich.progress import (
 )
 
 from agentrl.errors import BadConfig, BadData, MissingExtra, did_you_mean
+from agentrl.files import remove_folder, write_text, writing
 from agentrl.transcript import message_to_json
 from agentrl.types import Group, Trajectory
 
@@ -70,6 +70,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.root / "config.yaml"
+
+    @property
+    def process(self) -> Path:
+        return self.root / "process.json"
 
     @property
     def metrics(self) -> Path:
@@ -188,19 +192,21 @@ class RunLog:
         self._transcripts = transcripts
         self._resume_after = resume_after
         self._closing = ExitStack()
-        self._rows: TextIO | None = None
+        self._rows: BinaryIO | None = None
         self._last: dict[Phase, int] = {}
 
     def __enter__(self) -> Self:
-        """Raises BadConfig where the folder holds another run."""
-        if self._resume_after is None:
-            _begin_anew(self.folder)
-        self.folder.trajectories.mkdir(parents=True, exist_ok=True)
-        if self._resume_after is not None:
-            truncate_after(self.folder, self._resume_after)
-        _write_atomically(self.folder.config, self._config_text)
-        with ExitStack() as opened:
-            self._rows = opened.enter_context(self.folder.metrics.open("a", encoding="utf-8"))
+        """Raises BadConfig where the folder holds another run, CannotWrite where it can't be written."""
+        with writing(self.folder.root), ExitStack() as opened:
+            if self._resume_after is None:
+                _begin_anew(self.folder)
+            self.folder.trajectories.mkdir(parents=True, exist_ok=True)
+            if self._resume_after is not None:
+                truncate_after(self.folder, self._resume_after)
+                self._last = {row["phase"]: row["step"] for row in read_rows(self.folder)}
+            write_text(self.folder.config, self._config_text)
+            # Unbuffered: a row that a full disk refuses must not be tried again when the file is closed.
+            self._rows = opened.enter_context(self.folder.metrics.open("ab", buffering=0))
             for tracker in self._trackers:
                 tracker.start()
                 opened.callback(tracker.finish)
@@ -222,21 +228,28 @@ class RunLog:
         self._last[phase] = step
         values = {key: float(value) for key, value in metrics.items()}
         row: Row = {"phase": phase, "step": step, **{key: _finite(value) for key, value in values.items()}}
-        self._rows.write(json.dumps(row) + "\n")
-        self._rows.flush()
+        with writing(self.folder.metrics):
+            _write_all(self._rows, (json.dumps(row) + "\n").encode())
         for tracker in self._trackers:
             tracker.log(values, step=step)
+
+    def has(self, step: int, *, phase: Phase) -> bool:
+        """Whether the row of ``step`` was written before; a resumed run asks, since a kill may have come
+        between a row and what follows it."""
+        return self._last.get(phase, -1) >= step
 
     def transcripts(self, step: int, groups: Sequence[Group]) -> None:
         """Write the first episode of the first groups, as many as are asked for."""
         chosen = [group.trajectories[0] for group in groups if group.trajectories][: self._transcripts]
         if chosen:
             lines = (json.dumps(transcript(trajectory), ensure_ascii=False) for trajectory in chosen)
-            self.folder.transcripts(step).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            path = self.folder.transcripts(step)
+            with writing(path):
+                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
-        _write_atomically(self.folder.summary, json.dumps(values, indent=2) + "\n")
+        write_text(self.folder.summary, json.dumps(values, indent=2) + "\n")
 
 
 def read_rows(folder: RunFolder) -> list[Row]:
@@ -253,7 +266,7 @@ def read_rows(folder: RunFolder) -> list[Row]:
 def truncate_after(folder: RunFolder, step: int) -> None:
     """Forget the training steps after ``step``: their rows, their transcripts, the summary."""
     kept = [row for row in read_rows(folder) if row["phase"] == "warm_start" or row["step"] <= step]
-    _write_atomically(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    write_text(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
     for path in folder.trajectories.glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) > step:
             path.unlink()
@@ -314,20 +327,14 @@ def _begin_anew(folder: RunFolder) -> None:
         raise BadConfig(f"{root} holds a run: {way}")
     # By name: the folder may hold files of the user's. But a base of another seed must not be taken for ours.
     for leftover in (folder.trajectories, folder.base, folder.warm_start):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-    for leftover in (folder.metrics, folder.before):
+        remove_folder(leftover)
+    for leftover in (folder.metrics, folder.before, folder.process):
         leftover.unlink(missing_ok=True)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename: a reader or a kill finds the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    while data:  # an unbuffered file may take a part
+        data = data[file.write(data) :]
 
 
 def _read_object(line: str, *, where: str) -> Row:

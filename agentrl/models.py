@@ -7,23 +7,27 @@ logits.
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agentrl.attention import PACKED, Plan, Segments
 from agentrl.errors import UnsupportedModel
+from agentrl.modelfiles import check_tokenizer_files, find_model_files, is_offline
 
 __all__ = [
     "alias",
     "backbone",
     "check_forward",
     "context_length",
+    "default_device",
     "head",
     "load_model",
     "load_tokenizer",
@@ -32,29 +36,85 @@ __all__ = [
 ]
 
 
+def default_device() -> str:
+    """Where tensors go unless somebody says otherwise: the GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(path: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Any:
     """The causal LM at ``path`` (a folder or a hub id), frozen, in evaluation mode, with packed attention.
 
     Raises UnsupportedModel where nothing can be loaded from there, or where its forward pass can't be packed.
     """
+    find_model_files(path)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": is_offline(path)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # RuntimeError: sizes that do not fit
         raise UnsupportedModel(
-            f"no model could be loaded from {str(path)!r}: {error}\nGive a folder with config.json and "
-            "safetensors, or a hub id."
+            f"no model could be loaded from {str(path)!r}: {_in_short(error)}; give a folder with "
+            "config.json and model.safetensors, or a hub id"
         ) from error
+    _check_complete(path, sorted(found["missing_keys"]))
     model = model.to(device).eval().requires_grad_(False)
     check_forward(model)
     return model
 
 
+def _check_complete(path: str | Path, missing: Sequence[str]) -> None:
+    """transformers makes up random weights for those that no file holds."""
+    if missing:
+        raise UnsupportedModel(
+            f"the model {str(path)!r} lacks {len(missing)} of its weights, {missing[0]} first: its files are "
+            "not whole, or config.json is of another model; copy or download it again"
+        )
+
+
+def _in_short(error: BaseException) -> str:
+    """An error's text in one line of at most 300 characters."""
+    return textwrap.shorten(str(error), 300, placeholder="...").rstrip(".")
+
+
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer at ``path``; raises UnsupportedModel where there is none."""
+    """The tokenizer at ``path``; raises UnsupportedModel where there is none, or one of another model."""
+    check_tokenizer_files(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_offline(path))
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
+        raise UnsupportedModel(
+            f"no tokenizer could be loaded from {str(path)!r}: {_in_short(error)}; the model's folder must "
+            "hold tokenizer.json and tokenizer_config.json"
+        ) from error
+    model = find_model_files(path)
+    if model is not None:
+        _check_vocabulary(tokenizer, path, rows=int(model.config.get("vocab_size", 1 << 30)))
+    return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, path: str | Path, *, rows: int) -> None:
+    """Raises UnsupportedModel for a token that can come up and has no row in the embeddings.
+
+    Special tokens that neither the template names nor end a text never come up: models of images have such.
+    """
+    template = str(tokenizer.chat_template or "") + str(tokenizer.eos_token)
+    unused = {
+        index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content not in template
+    }
+    beyond = {index: text for text, index in tokenizer.get_vocab().items() if index >= rows}
+    strange = sorted(beyond.keys() - unused)
+    if strange:
+        raise UnsupportedModel(
+            f"the tokenizer of {str(path)!r} has {len(strange)} tokens without a row in the model's "
+            f"embeddings, {beyond[strange[0]]!r} ({strange[0]}) first, as vocab_size is {rows}: use the "
+            "model's own tokenizer, or resize the embeddings and save both"
+        )
 
 
 def context_length(model: Any) -> int:
@@ -93,10 +153,10 @@ def head(model: Any) -> Callable[[Tensor], Tensor]:
 
 
 def scoring_head(model: Any) -> Callable[[Tensor], Tensor] | Tensor:
-    """For ``losses.token_logprobs``: the weight (V, D) of a plain linear head without gradient, else ``head``."""
+    """For ``token_logprobs``: the weight (V, D) of a plain linear head without gradient, else ``head``."""
     layer = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    plain = type(layer) is nn.Linear and layer.bias is None and softcap is None
+    plain = type(layer) is nn.Linear and getattr(layer, "bias", None) is None and softcap is None
     return layer.weight if plain and not layer.weight.requires_grad else head(model)
 
 

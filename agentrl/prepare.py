@@ -13,17 +13,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from agentrl.chats import Chats
-from agentrl.checkpoint import write_folder
+from agentrl.checkpoint import saving_weights
 from agentrl.config import RunConfig, TinyConfig, WarmStartConfig
 from agentrl.engine import Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
 from agentrl.evaluation import run_evaluation
+from agentrl.files import write_folder
 from agentrl.log import Display, RunLog
-from agentrl.models import load_model, load_tokenizer, stop_token_ids
+from agentrl.models import default_device, load_model, load_tokenizer, stop_token_ids
 from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
 from agentrl.schedule import Schedule
@@ -85,7 +84,12 @@ async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[],
         max_position=config.rollout.max_episode_tokens,
     )
     seed = derive(config.seed, "tiny model") % 2**32
-    write_folder(path, lambda folder: make_tiny_model(folder, texts=texts, seed=seed, shape=shape))
+
+    def write(folder: Path) -> None:
+        with saving_weights():
+            make_tiny_model(folder, texts=texts, seed=seed, shape=shape)
+
+    write_folder(path, write)
 
 
 async def _gold_texts(config: RunConfig, env: Env, index: int) -> list[str]:
@@ -111,7 +115,7 @@ async def _warm_up(
     settings = config.warm_start
     assert settings is not None
     tokenizer = load_tokenizer(base)
-    given = await in_compute_thread(load_model, base, dtype=config.model.dtype, device=_device())
+    given = await in_compute_thread(load_model, base, dtype=config.model.dtype, device=default_device())
     dtype = given.dtype
     # Full fine-tuning in bfloat16 would round most updates away; an adapter has float32 weights of its own.
     model = given if settings.lora else given.float()
@@ -120,7 +124,7 @@ async def _warm_up(
     start = await in_compute_thread(
         WarmStart, model, settings=settings, lora=config.lora, batch=config.batch, seed=config.seed
     )
-    probe = _make_probe(config, model, make_env, chats)
+    probe = _make_probe(config, model, make_env, chats, on_stall=display.note)
     with display.bar("warm start", total=settings.steps) as bar:
         for step in range(settings.steps):
             metrics = await in_compute_thread(start.step, step, samples)
@@ -154,7 +158,12 @@ def _is_far(settings: WarmStartConfig, nll: float, samples: Sequence[Sample]) ->
 
 
 def _make_probe(
-    config: RunConfig, model: Any, make_env: Callable[[], Env], chats: Chats
+    config: RunConfig,
+    model: Any,
+    make_env: Callable[[], Env],
+    chats: Chats,
+    *,
+    on_stall: Callable[[str], None],
 ) -> Callable[[], Awaitable[float]]:
     """A function that measures pass@1 of ``model`` as it is, on the training tasks that come after the warm
     start's own."""
@@ -179,6 +188,7 @@ def _make_probe(
             limits=config.rollout,
             in_flight=config.engine.max_sequences,
             deterministic=config.engine.deterministic,
+            on_stall=on_stall,
         )
         try:
             evaluation = await run_evaluation(rollouts, plans, sampling=sampling, k=(1,))
@@ -188,7 +198,3 @@ def _make_probe(
         return report.estimate.value if report.estimate else 0.0
 
     return probe
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

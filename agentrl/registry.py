@@ -13,7 +13,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -162,27 +164,57 @@ def _load(target: str, kind: Kind) -> Any:
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
-        public = [known for known in vars(module) if not known.startswith("_")]
+        public = [name for name, value in vars(module).items() if _is_defined_in(module, name, value)]
         raise UnknownName(
-            f"no {kind} {attribute!r} in {place}{did_you_mean(attribute, public)}: name one that it defines"
+            f"no {kind} {attribute!r} in {place}{did_you_mean(attribute, public)}; "
+            f"it defines {', '.join(public) or 'nothing that can be named'}"
         ) from None
 
 
+def _is_defined_in(module: Any, name: str, value: Any) -> bool:
+    """Whether ``value`` is a public class or function of the module's own."""
+    return not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+
+
 def _load_module(place: str, kind: Kind) -> Any:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise UnknownName(f"{place!r} is no module to take the {kind} from: write 'package.module:Name'")
     _make_importable(Path.cwd())
-    try:
+    with _telling_why(place, kind):
         return importlib.import_module(place)
-    except ImportError as error:
+
+
+@contextmanager
+def _telling_why(place: str, kind: Kind) -> Iterator[None]:
+    """What a module lacks, however deep inside, becomes one line with its place; a bug in it stays a bug."""
+    try:
+        yield
+    except (ImportError, SyntaxError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and place.startswith(error.name or " ")
+        where = "" if missing else _origin(error)
+        way = "it must be installed or lie in the working directory" if missing else "mend what it names"
         raise UnknownName(
-            f"can't import the module {place!r} of a {kind}: {type(error).__name__}: {error}. "
-            "It must be installed or lie in the working directory."
+            f"can't import the {kind}'s module {place!r}: {type(error).__name__}: {error}{where}; {way}"
         ) from error
+
+
+def _origin(error: ImportError | SyntaxError) -> str:
+    """The file and line from which an import failed; a SyntaxError says it itself."""
+    if isinstance(error, SyntaxError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def _load_file(path: Path, kind: Kind) -> Any:
     path = path.resolve()
     if not path.is_file():
-        raise UnknownName(f"no file {path} to take a {kind} from: check the path before ':'")
+        beside = (entry.name for entry in path.parent.glob("*.py"))
+        hint = did_you_mean(path.name, beside)
+        raise UnknownName(
+            f"no file {path} to take the {kind} from{hint or ': check the path before the colon'}"
+        )
     # One module per file, however often it is named, so that its classes are the same classes.
     name = f"agentrl_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
@@ -193,10 +225,8 @@ def _load_file(path: Path, kind: Kind) -> Any:
         raise UnknownName(f"{path} can't be imported as Python: a {kind} file ends in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        del sys.modules[name]
-        raise UnknownName(f"can't import {path}: {type(error).__name__}: {error}") from error
+        with _telling_why(str(path), kind):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

@@ -10,31 +10,45 @@ from typing import Any
 
 import numpy as np
 
-from agentrl.errors import BadData, UserError
+from agentrl.errors import BadData, UserError, WorldError
 from agentrl.types import Task
 
-__all__ = ["TaskList", "TaskStream", "draw_task", "freeze", "task_at"]
+__all__ = ["TaskList", "TaskStream", "draw_task", "freeze", "place_in", "task_at"]
 
 _DRAWN_FROM = 1024  # tasks of a stream, whose size nobody knows, among which an unspecified one is drawn
 
 
 class TaskStream:
-    """The tasks of an iterable of unknown size; each is made once and remembered. Safe between threads."""
+    """The tasks of an iterable of unknown size; each is made once and remembered. Safe between threads.
+
+    A stream that could not be read any further stays ``failed``: a generator that raised has ended, and what
+    it had given until then is not all there is.
+    """
 
     def __init__(self, tasks: Iterable[Task]) -> None:
         self._rest = iter(tasks)
         self._read: list[Task] = []
+        self.failed: WorldError | None = None
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Task:
         """The task at ``index`` from 0; IndexError past the end."""
         with self._lock:
             while len(self._read) <= index:
-                task = next(self._rest, None)
+                task = self._next()
                 if task is None:
                     raise IndexError(f"there are only {len(self._read)} tasks")
                 self._read.append(task)
             return self._read[index]
+
+    def _next(self) -> Task | None:
+        if self.failed is not None:
+            raise WorldError(f"reading the tasks failed before: {self.failed}") from self.failed
+        try:
+            return next(self._rest, None)
+        except WorldError as error:
+            self.failed = error
+            raise
 
     def __iter__(self) -> Iterator[Task]:
         for index in itertools.count():
@@ -71,6 +85,24 @@ def task_at(tasks: TaskList, index: Any, *, split: str) -> Task:
         raise UserError(
             f"the split {split!r} has no task {position}: an index lies in 0 to {size - 1}"
         ) from None
+
+
+def place_in(tasks: TaskList, position: int, *, split: str) -> int:
+    """The index of the task at ``position`` of endless passes over ``tasks``.
+
+    A stream that is used up begins again: its end is known only once it is read. Raises BadData for an empty
+    one.
+    """
+    if isinstance(tasks, Sequence):
+        return position
+    try:
+        tasks[position]
+    except IndexError:
+        size = len(tasks.first(position))
+        if not size:
+            raise BadData(f"the split {split!r} has no tasks: there is nothing to run") from None
+        return position % size
+    return position
 
 
 def draw_task(tasks: TaskList, random: np.random.Generator, *, split: str) -> Task:

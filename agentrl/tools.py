@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 from typing_extensions import TypedDict
 
-from agentrl.errors import BadArguments, ToolError, UserError, WorldError, did_you_mean
+from agentrl.errors import BadArguments, ToolLate, UserError, WorldError, did_you_mean
 from agentrl.threads import in_thread
 from agentrl.types import ToolCall
 
@@ -79,7 +79,7 @@ class Tool:
     async def run(self, arguments: Mapping[str, Any], *, deadline_s: float | None = None) -> Any:
         """Call the function; ``deadline_s`` holds where the tool has none of its own.
 
-        Raises ToolError at the deadline and whatever the function raises; a remote tool's deadline, OSError
+        Raises ToolLate at the deadline and whatever the function raises; a remote tool's deadline, OSError
         and TimeoutError are WorldErrors.
         """
         seconds = deadline_s if self.deadline_s is None else self.deadline_s
@@ -89,11 +89,10 @@ class Tool:
                 return await self._call(arguments)
         except OSError as error:  # TimeoutError is one
             if self.remote:
-                raise WorldError(
-                    f"the remote tool {self.name} failed: {type(error).__name__}: {error}"
-                ) from error
+                why = f"took over {seconds:g} s" if scope.expired() else f"{type(error).__name__}: {error}"
+                raise WorldError(f"the remote tool {self.name} failed: {why}") from error
             if scope.expired():
-                raise ToolError(f"{self.name} took longer than {seconds:g} s and was given up") from None
+                raise ToolLate(f"{self.name} took longer than {seconds:g} s and was given up") from None
             raise
 
     async def _call(self, arguments: Mapping[str, Any]) -> Any:
@@ -150,17 +149,20 @@ def as_tool(function: Callable[..., Any]) -> Tool:
     )
 
 
-def as_text(result: object, *, most_chars: int) -> str:
-    """What the model reads of a tool's result: texts as they are, lists and mappings as JSON, else ``str``.
+def as_text(result: object, *, most_chars: int) -> tuple[str, int]:
+    """What the model reads of a tool's result (texts as they are, lists and mappings as JSON, else ``str``),
+    and how many characters it does not.
 
     Longer results are cut and say so; lone surrogates, which no tokenizer takes, become "?".
     """
     if isinstance(result, list | tuple | dict):
         result = json.dumps(result, ensure_ascii=False, default=str)
-    text = str(result).encode("utf-8", "replace").decode()
-    if len(text) <= most_chars:
-        return text
-    return f"{text[:most_chars]}\n[cut: {len(text) - most_chars} of {len(text)} characters are not shown]"
+    whole = str(result)
+    text = whole[:most_chars].encode("utf-8", "replace").decode()  # cut first: a result can be megabytes
+    left_out = len(whole) - len(text)
+    if left_out:
+        text += f"\n[cut: {left_out} of {len(whole)} characters are not shown]"
+    return text, left_out
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

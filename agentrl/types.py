@@ -18,6 +18,7 @@ import numpy.typing as npt
 __all__ = [
     "CallStatus",
     "Completion",
+    "Fault",
     "Finish",
     "FloatArray",
     "Group",
@@ -137,6 +138,14 @@ class Turn:
         object.__setattr__(self, "new_ids", _frozen(self.new_ids, np.int32))
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One failure of the world, as an episode met it."""
+
+    boundary: str  # the innermost one that it crossed, of ``agentrl.faults.BOUNDARIES``
+    message: str  # what it said
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Trajectory:
     """One episode, as it happened."""
@@ -149,7 +158,9 @@ class Trajectory:
     stop_reason: str  # the environment's, or "length", "context", "fault"
     score: Score | None  # None where no score was taken (invalid)
     valid: bool = True  # False: the world failed; not trained on, not counted
-    fault: str = ""  # the boundary that failed where not valid: "tool", "reward", "engine", "environment"
+    fault: str = ""  # where not valid: the boundary of the last fault, of ``agentrl.faults.BOUNDARIES``
+    faults: tuple[Fault, ...] = ()  # every failure of the world in all attempts, the healed ones included
+    calls: Mapping[str, int] = field(default_factory=dict)  # of all attempts, by ``agentrl.faults.CALL_ENDS``
     timings: Mapping[str, float] = field(default_factory=dict)  # seconds by stage: "engine", "env"
 
     def prompt_ids(self, turn: int) -> IntArray:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from agentrl.batches import Batch
-from agentrl.checkpoint import write_folder
+from agentrl.checkpoint import saving_weights
 from agentrl.config import BatchConfig, LoraConfig, OptimizerConfig, WarmStartConfig
+from agentrl.files import write_folder
 from agentrl.learner import Optimization, adapt
 from agentrl.losses import nll_loss
 from agentrl.schedule import Schedule
@@ -83,7 +84,8 @@ class WarmStart:
         model = self._model if self._policy is None else self._policy.merge_and_unload()
 
         def write(folder: Path) -> None:
-            model.to(dtype).save_pretrained(folder)
+            with saving_weights():
+                model.to(dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
         write_folder(path, write)

@@ -7,8 +7,9 @@ counted), and a memory cap above what an idle worker has.
 
 Three ends of a request: ``Done``; ``Limit``, where it went over a limit or killed its worker while another
 worker still answers the probe, so the request is to blame; WorkerLost, where the probe fails too and the
-world is to blame. What the function raises is a bug and reaches the caller as WorkerBug with the worker's
-traceback.
+world is to blame. A request whose worker died is put to a fresh one once: what kills from outside has gone by
+then, and is counted as a fault that was healed; what the request does itself, it does again. What the
+function raises is a bug and reaches the caller as WorkerBug with the worker's traceback.
 
 Covered: wall clock, address space (on Linux), a minimal environment, death with the parent, replacement of
 what failed. Not covered: isolation. A worker runs our code on the policy's text, never the policy's code: for
@@ -33,6 +34,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from agentrl.errors import AgentRLError, WorkerLost
+from agentrl.faults import healed
 from agentrl.worker_process import HEADER_BYTES, frame
 
 __all__ = ["Done", "Limit", "Probe", "WorkerBug", "WorkerPool", "shared_pool"]
@@ -104,6 +106,8 @@ class WorkerPool:
         request = frame({"payload": payload})
         with self._free:
             outcome = self._ask(request)
+            if outcome == Limit("crash"):
+                outcome = self._ask_again(request)
             if isinstance(outcome, Limit):
                 self._prove(outcome)
             return outcome
@@ -126,8 +130,8 @@ class WorkerPool:
     ) -> None:
         self.close()
 
-    def _ask(self, request: bytes) -> Done | Limit:
-        worker = self._take()
+    def _ask(self, request: bytes, *, fresh: bool = False) -> Done | Limit:
+        worker = self._take(fresh=fresh)
         fit = False
         try:
             reply = worker.ask(request, deadline_s=self._deadline_s)
@@ -138,6 +142,15 @@ class WorkerPool:
             raise WorkerBug(f"{self._target} raised in its worker process:\n{reply['bug']}")
         return Limit(reply["limit"]) if "limit" in reply else Done(reply["value"])
 
+    def _ask_again(self, request: bytes) -> Done | Limit:
+        """Put ``request``, whose worker died, to a new one: an idle one may be dead as well."""
+        outcome = self._ask(request, fresh=True)
+        if outcome != Limit("crash"):
+            healed(
+                WorkerLost(f"a worker of {self._target} was killed from outside; another one did its work")
+            )
+        return outcome
+
     def _prove(self, outcome: Limit) -> None:
         """Raise WorkerLost unless a known-good request succeeds, in an idle worker or else in a fresh one."""
         answer = self._ask(frame({"payload": self._probe.payload}))
@@ -147,9 +160,9 @@ class WorkerPool:
                 "the machine is overloaded or the installation broken; use fewer workers or a longer deadline"
             )
 
-    def _take(self) -> _Worker:
+    def _take(self, *, fresh: bool) -> _Worker:
         with self._lock:
-            worker = self._idle.pop() if self._idle else None
+            worker = self._idle.pop() if self._idle and not fresh else None
         worker = worker or _start(self._options(), self._probe)
         with self._lock:
             self._busy.add(worker)

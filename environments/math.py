@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +32,7 @@ Row = Mapping[str, Any]
 
 _QUESTION_KEYS = ("question", "problem")  # tried in turn where no column is named
 _ANSWER_KEYS = ("answer", "solution")
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and the mark that some editors put in front
 _CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")  # GSM8K's: 48/2 = <<48/2=24>>24
 
 
@@ -113,12 +115,14 @@ class _Files:
         """Each row with its ``file:line``."""
         path = self.splits[split]
         try:
-            with path.open(encoding="utf-8-sig") as lines:
+            with path.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
-                    if line.strip():
+                    if line.strip(_BLANK):
                         yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadData(f"can't read {path}: {error}; give UTF-8 with one JSON object per line") from error
+        except OSError as error:
+            raise BadData(
+                f"can't read {path}: {error.strerror}; give a file with one JSON object per line"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +143,8 @@ class _Hub:
             rows = load_dataset(self.name, self.subset, split=self.splits[split])
         except (OSError, ValueError) as error:  # not there, no network; no such split or subset
             raise BadData(
-                f"can't load the split {self.splits[split]!r} of {self.name} from the hub: {error}; "
-                "check the id, 'owner/name' or 'owner/name:subset', or give a path"
+                f"can't load the split {self.splits[split]!r} of {self.name} from the hub: "
+                f"{_in_short(error)}; check the id, 'owner/name' or 'owner/name:subset', or give a path"
             ) from error
         for index, row in enumerate(rows):
             yield f"{self.name}, {split} row {index}", row
@@ -186,9 +190,13 @@ def _folder_splits(folder: Path, splits: Mapping[str, str] | None) -> Mapping[st
     return found
 
 
-def _parsed(line: str, place: str) -> Row:
+def _parsed(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadData(
+            f"{place}: not UTF-8 ({error.reason}, byte {error.start + 1}); save it as UTF-8"
+        ) from error
     except json.JSONDecodeError as error:
         raise BadData(
             f"{place}: not JSON ({error.msg}, column {error.colno}); mend or remove the line"
@@ -198,6 +206,10 @@ def _parsed(line: str, place: str) -> Row:
             f"{place}: a {type(row).__name__}, not a JSON object; give each row its columns by name"
         )
     return row
+
+
+def _in_short(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300, placeholder="...").rstrip(".")
 
 
 def _text(row: Row, keys: Sequence[str], place: str) -> str:

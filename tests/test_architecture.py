@@ -23,14 +23,15 @@ _CATALOGUES = ("environments", "rewards", "sandboxes")
 _FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
-        "types errors seeds allocator stopwatch",
-        "env tools dispatch tasks wrappers spaces transcript answers reward engine registry checks "
-        "config configfile workers worker_process threads",
+        "types errors seeds files stop_signal allocator stopwatch",
+        "env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine registry "
+        "checks probes contract isolation scoring robustness resources "
+        "config configfile modelfiles workers worker_process threads",
         "environments rewards sandboxes",
-        "rollout samples schedule chat chats certificate parsers advantages statistics metrics batches "
-        "losses attention models softmax",
-        "engines learner checkpoint warm_start log tiny show export",
-        "training evaluation prepare",
+        "rollout attempts samples schedule chat chats certificate parsers advantages statistics metrics "
+        "alarms batches losses attention models softmax memory",
+        "engines learner checkpoint resume warm_start log tiny show export",
+        "training trainer bench evaluation heldout prepare preflight",
         "cli __main__",
     )
 )

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
-from typing import Any
+import json
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import gymnasium
 import pytest
 
 import agentrl
+from agentrl import resources
 from agentrl.checks import Report, check_environment
 from agentrl.env import Env, Step, ToolEnv
+from agentrl.errors import ToolError
 from agentrl.reward import Evidence
 from agentrl.tools import Tool, tool
 from agentrl.types import Message, Task, ToolCall
@@ -22,30 +29,37 @@ from agentrl.types import Message, Task, ToolCall
 class Sound(ToolEnv):
     """Read a word with a tool and say it."""
 
-    words = {"train": ("ape", "bee", "cat"), "test": ("dog", "eel")}
+    words: ClassVar = {"train": ("ape", "bee", "cat"), "test": ("dog", "eel")}
 
     def setup(self, task: Task) -> None:
         self.reads = 0
 
     def tasks(self, split: str) -> Iterable[Task]:
         return [
-            Task(id=word, prompt=(Message("user", f"Read word {index} of {split}."),), truth={"word": word})
+            Task(id=word, prompt=(Message("user", f"Read word {index} of {split} ."),), truth={"word": word})
             for index, word in enumerate(self.words[split])
         ]
 
     def gold(self, task: Task) -> Sequence[Message]:
-        call = ToolCall(id="call_0", name="read", arguments={"loud": False})
-        return (Message("assistant", "", (call,)), Message("assistant", task.truth["word"]))
+        return (reading(), Message("assistant", task.truth["word"]))
 
     def reward(self, evidence: Evidence) -> float:
         return float(evidence.answer == evidence.task.truth["word"])
 
     @tool
-    def read(self, loud: bool) -> str:
+    async def read(self, loud: bool) -> str:
         """Read the word."""
         self.reads += 1
-        word = str(self.task.truth["word"])
+        _, _, index, _, split, *_ = self.task.prompt[0].content.split()
+        word = str(self.words[split][int(index)])
         return word.upper() if loud else word
+
+
+def reading(*, loud: bool = False) -> Message:
+    return Message("assistant", "", (ToolCall(id="call_0", name="read", arguments={"loud": loud}),))
+
+
+# -- the contract --
 
 
 class WarnsGymnasium(Sound):
@@ -58,45 +72,6 @@ class HidesValidity(Sound):
         *step, info = await super().astep(action)
         del info["is_valid"]
         return (*step, info)  # type: ignore[return-value]
-
-
-class RemembersEpisodes(Sound):
-    total = 0
-
-    @tool
-    def read(self, loud: bool) -> str:
-        self.reads += 1
-        self.total += 1
-        return f"read {self.total}" if self.reads > 1 else "read"
-
-    def gold(self, task: Task) -> Sequence[Message]:
-        first, last = super().gold(task)
-        return (first, first, last)
-
-
-class HasWrongGold(Sound):
-    def gold(self, task: Task) -> Sequence[Message]:
-        return (*super().gold(task)[:1], Message("assistant", "fox"))
-
-
-class PaysSilence(Sound):
-    def reward(self, evidence: Evidence) -> float:
-        return 0.5 if evidence.answer == "" and evidence.env.reads == 0 else super().reward(evidence)
-
-
-class CrashesLate(Sound):
-    drawn = False
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        self.drawn = options is None
-        return super().reset(seed=seed, options=options)
-
-    @tool
-    def read(self, loud: bool) -> str:
-        self.reads += 1
-        if self.drawn and self.reads > 9:
-            raise ZeroDivisionError("the tenth page")
-        return "read"
 
 
 class DescribesNonsense(Sound):
@@ -112,39 +87,350 @@ class RepeatsTasks(Sound):
         return [dataclasses.replace(task, id=f"{split}-{task.id}") for task in known]
 
 
-def failed(report: Report) -> list[str]:
-    return [row.name for row in report.rows if not row.passed]
+class DeclaresNoProbe(Sound):
+    declared: ClassVar = {"a list of gueses": "the answers are words"}
+
+
+class DeclaresWithoutReason(Sound):
+    declared: ClassVar = {"read": " "}
+
+
+# -- isolation --
+
+
+class RemembersEpisodes(Sound):
+    total = 0
+
+    @tool
+    async def read(self, loud: bool) -> str:
+        self.reads += 1
+        self.total += 1
+        return f"read {self.total}" if self.reads > 1 else "read"
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        first, last = super().gold(task)
+        return (first, first, last)
+
+
+class IgnoresItsSeed(Sound):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return super().reset(seed=seed, options=options or {"index": 0})
+
+
+class NumbersItself(Sound):
+    made = itertools.count()
+
+    def __init__(self, **settings: Any) -> None:
+        self.number = next(self.made)
+        super().__init__(**settings)
+
+    def opening(self, task: Task) -> tuple[Message, ...]:
+        return (Message("system", f"Reader {self.number}"), *task.prompt)
+
+
+class KeepsNotesOnItsClass(Sound):
+    notes: ClassVar[list[str]] = []
+
+    def setup(self, task: Task) -> None:
+        super().setup(task)
+        self.notes.clear()
+
+    @tool
+    async def read(self, loud: bool) -> str:
+        self.notes.append("read")
+        return f"read {len(self.notes)}"
+
+
+class ReadsTheTruth(Sound):
+    @tool
+    async def read(self, loud: bool) -> str:
+        self.reads += 1
+        return str(self.task.truth["word"])
+
+
+class ShowsTheTruthInItsOpening(Sound):
+    def opening(self, task: Task) -> tuple[Message, ...]:
+        return (Message("system", f"It begins with {task.truth['word'][0]}."), *task.prompt)
+
+
+class ShowsTheTruthInItsTools(Sound):
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        (read,) = super().tools
+        task = vars(self).get("_task")
+        hint = task.truth["word"][0] if task else "?"
+        return (dataclasses.replace(read, description=f"Read what begins with {hint}."),)
+
+
+class ShowsTheTruthInItsErrors(Sound):
+    @tool
+    async def read(self, loud: bool) -> str:
+        if loud:
+            raise ToolError(f"no shouting, not even {self.task.truth['word'][0]}")
+        return await super().read(loud=loud)
+
+
+class ShowsTheTruthInItsInfo(Sound):
+    async def astep(self, action: Message) -> Step:
+        *step, info = await super().astep(action)
+        return (*step, {**info, "distance": self.task.truth["word"]})  # type: ignore[return-value]
+
+
+class PutsALambdaIntoItsInfo(Sound):
+    measure = staticmethod(lambda word: len(word))
+
+    async def astep(self, action: Message) -> Step:
+        *step, info = await super().astep(action)
+        return (*step, {**info, "measure": self.measure})  # type: ignore[return-value]
+
+
+def holds_a_lock() -> Env:
+    class Locked:
+        lock = threading.Lock()
+
+        def __init__(self) -> None:
+            self.own = threading.Lock()
+
+        def __call__(self, evidence: Evidence) -> float:
+            return float(evidence.answer == evidence.task.truth["word"])
+
+    return Sound(reward=Locked())
+
+
+# -- scoring --
+
+
+class HasWrongGold(Sound):
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (reading(loud=True), Message("assistant", "fox"))
+
+
+class PaysNothingSaid(Sound):
+    def reward(self, evidence: Evidence) -> float:
+        silent = all(message.role != "assistant" for message in evidence.messages)
+        return 0.5 if silent else super().reward(evidence)
+
+
+class PaysEmptyMessages(Sound):
+    def reward(self, evidence: Evidence) -> float:
+        last = evidence.messages[-1]
+        return 0.5 if (last.role, last.content) == ("assistant", "") else super().reward(evidence)
+
+
+class PaysMentions(Sound):
+    def tasks(self, split: str) -> Iterable[Task]:
+        for task in super().tasks(split):
+            text = f"{task.prompt[0].content} It is one of {self.words[split]}"
+            yield dataclasses.replace(task, prompt=(Message("user", text),))
+
+    def reward(self, evidence: Evidence) -> float:
+        return float(evidence.task.truth["word"] in evidence.answer)
+
+
+class Boxed(Sound):
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (reading(), Message("assistant", rf"\boxed{{{task.truth['word']}}}"))
+
+    def reward(self, evidence: Evidence) -> float:
+        return float(evidence.answer == self.gold(evidence.task)[-1].content)
+
+
+class PaysAnyBox(Boxed):
+    words: ClassVar = {"train": ("17", "23", "404"), "test": ("5", "99")}
+
+    def reward(self, evidence: Evidence) -> float:
+        return float(self.gold(evidence.task)[-1].content in evidence.answer)
+
+
+class PaysCopies(Boxed):
+    def reward(self, evidence: Evidence) -> float:
+        return float(evidence.task.truth["word"] in evidence.answer)
+
+
+class ScoresOnce(Sound):
+    def setup(self, task: Task) -> None:
+        super().setup(task)
+        self.scored = 0
+
+    def reward(self, evidence: Evidence) -> float:
+        self.scored += 1
+        return super().reward(evidence) / self.scored
+
+
+# -- robustness --
+
+
+class CrashesLate(Sound):
+    drawn = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.drawn = options is None
+        return super().reset(seed=seed, options=options)
+
+    @tool
+    async def read(self, loud: bool) -> str:
+        self.reads += 1
+        if self.drawn and self.reads > 9:
+            raise ZeroDivisionError("the tenth page")
+        return "read"
+
+
+class CopiesArguments(Sound):
+    async def astep(self, action: Message) -> Step:
+        self.asked = [dict(call.arguments) for call in action.tool_calls]  # type: ignore[arg-type]
+        return await super().astep(action)
+
+
+class PricesCalls(Sound):
+    prices: ClassVar = {"read": 1}
+
+    async def astep(self, action: Message) -> Step:
+        self.paid = [self.prices[call.name] for call in action.tool_calls]
+        return await super().astep(action)
+
+
+class AnswersTheFirstCall(Sound):
+    async def astep(self, action: Message) -> Step:
+        return await super().astep(dataclasses.replace(action, tool_calls=action.tool_calls[:1]))
+
+
+class SwallowsErrors(Sound):
+    async def astep(self, action: Message) -> Step:
+        try:
+            return await super().astep(action)
+        except Exception:
+            return self.transition(stop_reason="failed")
+
+
+class WaitsForTools(Sound):
+    async def astep(self, action: Message) -> Step:
+        self._tools = tuple(dataclasses.replace(tool, deadline_s=60) for tool in self._tools)
+        return await super().astep(action)
+
+
+class RepeatsArguments(Sound):
+    async def astep(self, action: Message) -> Step:
+        observation, *rest = await super().astep(action)
+        said = [Message("user", f"You asked for {call.arguments}.") for call in action.tool_calls]
+        return ((*observation, *said), *rest)  # type: ignore[return-value]
+
+
+class ShowsWholeResults(Sound):
+    max_result_chars = 10**9
+
+
+# -- resources --
+
+
+class RemembersAll(Sound):
+    archive: ClassVar[list[Any]] = []
+
+    def setup(self, task: Task) -> None:
+        super().setup(task)
+        self.archive.append([task.id] * 200)
+
+
+class LeavesFilesOpen(Sound):
+    opened: ClassVar = array("i")  # not a list: its numbers would be memory that grows, too
+
+    def setup(self, task: Task) -> None:
+        super().setup(task)
+        self.opened.append(os.open(os.devnull, os.O_RDONLY))
+
+
+@pytest.fixture(autouse=True)
+def left_behind() -> Iterator[None]:
+    yield
+    RemembersAll.archive.clear()
+    while LeavesFilesOpen.opened:
+        os.close(LeavesFilesOpen.opened.pop())
+
+
+def check(target: type[Env] | Callable[[], Env] | Env) -> Report:
+    return check_environment(target, episodes=3, endurance=100)
+
+
+def failed(report: Report) -> dict[str, str]:
+    return {row.name: row.detail for row in report.rows if not row.passed}
 
 
 def test_a_sound_environment_passes_every_check() -> None:
-    report = check_environment(Sound)
-    assert report.ok, str(report)
-    assert report.target == "Sound"
-    assert len(report.rows) == 8
+    for sound in (Sound, Boxed):
+        report = check(sound)
+        assert report.ok, str(report)
+        assert report.target == sound.__name__
+
+
+UNSOUND: Sequence[tuple[Callable[[], Env], str, str]] = [
+    (WarnsGymnasium, "follows gymnasium", "Official support for the `seed` function is dropped"),
+    (HidesValidity, "tells what its spaces promise", "task 'ape': info lacks is_valid"),
+    (DescribesNonsense, "describes its tools", "the parameters of read are no JSON schema"),
+    (RepeatsTasks, "keeps its splits apart", "task 'test-ape' of 'test' lies in 'train' as well"),
+    (DeclaresNoProbe, "declares what there is", "did you mean 'a list of guesses'?"),
+    (DeclaresWithoutReason, "declares what there is", "declared['read'] is empty"),
+    (RemembersEpisodes, "repeats itself", "task 'ape': episodes with the same seed and actions differ"),
+    (IgnoresItsSeed, "draws by its seed", "reset draws the same episode with each of 20 seeds"),
+    (NumbersItself, "starts siblings alike", "task 'ape': siblings with the same seed and options"),
+    (KeepsNotesOnItsClass, "keeps episodes apart", "another one while task"),
+    (ReadsTheTruth, "hides the truth", "with another truth 'read' of the same episode"),
+    (ShowsTheTruthInItsOpening, "hides the truth", "with another truth 'system' of"),
+    (ShowsTheTruthInItsTools, "hides the truth", "with another truth 'tools' of"),
+    (ShowsTheTruthInItsErrors, "hides the truth", "with another truth 'read' of"),
+    (ShowsTheTruthInItsInfo, "hides the truth", "with another truth 'distance' of"),
+    (PutsALambdaIntoItsInfo, "pickles for vector environments", "the messages and info of an episode can't"),
+    (holds_a_lock, "pickles for vector environments", "its class with its settings can't be pickled"),
+    (HasWrongGold, "gold scores the maximum", "task 'ape': gold scores 0, an empty message 0"),
+    (PaysNothingSaid, "nothing said scores the minimum", "nothing said scores 0.5, more than"),
+    (PaysEmptyMessages, "an empty message scores the minimum", "an empty message scores 0.5, more than"),
+    (PaysMentions, "the task repeated scores the minimum", "the task repeated scores 1, more than"),
+    (PaysAnyBox, "a list of guesses scores the minimum", "a list of guesses scores 1, more than"),
+    (PaysCopies, "a copied tool result scores the minimum", "a copied tool result scores 1, more than"),
+    (ScoresOnce, "scoring twice agrees", "is worth 0.5, then 0.333333"),
+    (CrashesLate, "survives random actions", "ZeroDivisionError: the tenth page"),
+    (CopiesArguments, "answers malformed calls", "TypeError: 'NoneType' object is not iterable"),
+    (PricesCalls, "answers unknown tools", "KeyError: 'no_such_tool'"),
+    (AnswersTheFirstCall, "answers parallel calls", "got answers to ['call_0']: answer each once"),
+    (SwallowsErrors, "leaves errors of tools their fates", "a WorldError of read was swallowed"),
+    (WaitsForTools, "gives slow tools up", "a call of read was waited for beyond its deadline"),
+    (RepeatsArguments, "takes ten megabytes of text", "the model is shown"),
+    (ShowsWholeResults, "cuts ten megabytes of result", "the model is shown 10000000 characters"),
+    (RemembersAll, "keeps memory flat", "bytes or more: hold what belongs to it"),
+    (LeavesFilesOpen, "keeps descriptors flat", "descriptors stay open after every 10 episodes"),
+]
 
 
 @pytest.mark.parametrize(
-    ("unsound", "check", "detail"),
+    ("unsound", "check_name", "detail"), UNSOUND, ids=[unsound.__name__ for unsound, *_ in UNSOUND]
+)
+def test_each_unsoundness_fails_its_own_check_alone(
+    unsound: Callable[[], Env], check_name: str, detail: str
+) -> None:
+    report = check(unsound)
+    assert set(failed(report)) == {check_name}, str(report)
+    assert not report.ok
+    assert detail in failed(report)[check_name]
+
+
+def test_every_check_has_an_environment_that_fails_it() -> None:
+    assert {row.name for row in check(Sound).rows} == {name for _, name, _ in UNSOUND}
+
+
+@pytest.mark.parametrize(
+    ("unsound", "declared"),
     [
-        (WarnsGymnasium, "follows gymnasium", "Official support for the `seed` function is dropped"),
-        (HidesValidity, "tells what its spaces promise", "task 'ape': info lacks is_valid"),
-        (RemembersEpisodes, "repeats itself", "task 'ape': episodes with the same seed and actions differ"),
-        (HasWrongGold, "gold scores the maximum", "task 'ape': gold scores 0, saying nothing 0"),
-        (
-            PaysSilence,
-            "saying nothing scores the minimum",
-            "saying nothing scores 0.5, more than an excuse: 0",
-        ),
-        (CrashesLate, "survives random actions", "ZeroDivisionError: the tenth page"),
-        (DescribesNonsense, "describes its tools", "the parameters of read are no JSON schema"),
-        (RepeatsTasks, "keeps its splits apart", "task 'test-ape' of 'test' lies in 'train' as well"),
+        (ReadsTheTruth, "read"),
+        (ShowsTheTruthInItsOpening, "system"),
+        (ShowsTheTruthInItsInfo, "distance"),
+        (PaysNothingSaid, "nothing said"),
+        (PaysCopies, "a copied tool result"),
     ],
 )
-def test_each_unsoundness_fails_its_own_check_alone(unsound: type[Sound], check: str, detail: str) -> None:
-    report = check_environment(unsound)
-    assert failed(report) == [check], str(report)
-    assert not report.ok
-    assert detail in next(row.detail for row in report.rows if not row.passed)
+def test_what_an_environment_declares_with_a_reason_is_no_finding(
+    unsound: type[Sound], declared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unsound, "declared", {declared: "it is meant"})
+    report = check(unsound)
+    assert report.ok, str(report)
 
 
 def test_a_crash_inside_a_check_is_that_checks_failure_with_its_notes() -> None:
@@ -154,7 +440,7 @@ def test_a_crash_inside_a_check_is_that_checks_failure_with_its_notes() -> None:
             if task.id == "eel":
                 raise OSError("no such page")
 
-    report = check_environment(Crashes)
+    report = check(Crashes)
     assert "gold scores the maximum" in failed(report)
     assert "describes its tools" not in failed(report)
     assert "OSError: no such page; in the setup of environment" in str(report)
@@ -166,7 +452,7 @@ def test_gold_that_does_not_end_its_episode_is_found() -> None:
         def gold(self, task: Task) -> Sequence[Message]:
             return super().gold(task)[:1]
 
-    report = check_environment(Unending)
+    report = check(Unending)
     assert "the episode goes on" in str(report)
 
 
@@ -177,38 +463,64 @@ def test_an_empty_split_and_a_double_id_are_found() -> None:
     class Double(Sound):
         words = {"train": ("ape", "ape"), "test": ("dog",)}
 
-    assert "the split 'test' has no tasks" in str(check_environment(Empty))
-    assert "two tasks have the id 'ape'" in str(check_environment(Double))
+    assert "the split 'test' has no tasks" in str(check(Empty))
+    assert "two tasks have the id 'ape'" in str(check(Double))
+
+
+def test_a_remote_tool_that_hangs_is_the_worlds_fault_and_no_finding() -> None:
+    class Remote(Sound):
+        @tool(remote=True)
+        async def read(self, loud: bool) -> str:
+            return await super().read(loud=loud)
+
+    report = check(Remote)
+    assert report.ok, str(report)
+
+
+def test_a_slow_environment_is_measured_as_long_as_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "_LONGEST_S", -1.0)
+    details = {row.name: row.detail for row in check(Sound).rows}
+    assert details["keeps memory flat"] == details["keeps descriptors flat"] == "50 episodes"
+
+
+class Count(Env):
+    splits = ("all",)
+
+    def tasks(self, split: str) -> Iterable[Task]:
+        for index in itertools.count():
+            yield Task(id=str(index), prompt=(Message("user", f"{index}?"),), truth={"answer": str(index)})
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (Message("assistant", task.id),)
+
+    def step(self, action: Message) -> Step:
+        self.accept(action)
+        solved = action.content == self.task.truth["answer"]
+        return self.transition(score=float(solved), stop_reason="solved" if solved else "")
 
 
 def test_an_endless_plain_environment_is_checked_too() -> None:
-    class Count(Env):
-        splits = ("all",)
+    report = check(Count)
+    assert report.ok, str(report)
 
-        def tasks(self, split: str) -> Iterable[Task]:
-            for index in itertools.count():
-                yield Task(id=str(index), prompt=(Message("user", f"{index}?"),))
 
-        def gold(self, task: Task) -> Sequence[Message]:
-            return (Message("assistant", task.id),)
-
-        def step(self, action: Message) -> Step:
-            self.accept(action)
-            solved = action.content == self.task.id
-            return self.transition(score=float(solved), stop_reason="solved" if solved else "")
-
-    report = check_environment(Count, episodes=5)
+def test_the_questions_of_the_catalogue_pass(tmp_path: Path) -> None:
+    for split, first in (("train", 2000), ("test", 3000)):
+        rows = [{"question": f"{n} + 1?", "answer": f"It is.\n#### {n + 1}"} for n in range(first, first + 5)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    report = agentrl.check("math", dataset=str(tmp_path), episodes=3, endurance=100)
     assert report.ok, str(report)
 
 
 def test_check_takes_names_instances_and_what_gymnasium_made() -> None:
-    assert agentrl.check("calculator", episodes=4, levels=[1, 4]).ok
-    assert agentrl.check(Sound(max_turns=4), episodes=4).ok
-    assert agentrl.check(gymnasium.make("agentrl/Calculator-v0"), episodes=4).ok  # type: ignore[arg-type]
+    assert agentrl.check("calculator", episodes=4, endurance=100, levels=[1, 4]).ok
+    assert agentrl.check(Sound(max_turns=4), episodes=4, endurance=100).ok
+    assert agentrl.check(gymnasium.make("agentrl/Calculator-v0"), episodes=4, endurance=100).ok  # type: ignore[arg-type]
 
 
 def test_check_works_under_a_running_event_loop() -> None:
     async def notebook() -> Report:
-        return agentrl.check(Sound, episodes=2)
+        return agentrl.check(Sound, episodes=2, endurance=100)
 
     assert asyncio.run(notebook()).ok

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from agentrl.cli import app
+from agentrl.configfile import load_config
 from agentrl.errors import BadData
 
 _UNSOUND = """\
@@ -69,14 +70,17 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, answer: Any = None) ->
 
 
 def test_train_hands_on_its_target_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = _stand_in(monkeypatch, "train")
-    result = _agentrl("train", "quickstart", "steps=3", "--model", "m", "rollout.group_size=2", "--resume")
-    assert result.exit_code == 0
-    settings = ["steps=3", "rollout.group_size=2"]
-    assert train.called == (("quickstart",), {"overrides": settings, "model": "m", "resume": True})
+    train = _stand_in(monkeypatch, "train", {})
+    settings = ["steps=3", "optimizer.warmup_steps=1"]
+    result = _agentrl("train", "quickstart", *settings, "--model", "m", "--resume", "--accept", "steps,batch")
+    assert result.exit_code == 0, result.output
+    config = load_config("quickstart", settings, model="m")
+    assert train.called == ((config,), {"resume": True, "accept": ["steps", "batch"]})
 
 
-def test_eval_prints_its_table_and_writes_its_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_eval_prints_its_table_and_writes_its_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     evaluate = _stand_in(monkeypatch, "evaluate", FakeEvaluation())
     report = tmp_path / "new" / "report.json"
     command = (
@@ -84,7 +88,7 @@ def test_eval_prints_its_table_and_writes_its_report(monkeypatch: pytest.MonkeyP
         "calculator",
         "levels=[1]",
         "--model",
-        "m",
+        tiny_checkpoint,
         "-n",
         2,
         "-k",
@@ -103,9 +107,11 @@ def test_eval_prints_its_table_and_writes_its_report(monkeypatch: pytest.MonkeyP
     assert (env, options["k"], options["n"], options["args"]) == ("calculator", (1, 2), 2, {"levels": [1]})
 
 
-def test_greedy_is_one_episode_at_temperature_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_is_one_episode_at_temperature_zero(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
     evaluate = _stand_in(monkeypatch, "evaluate", FakeEvaluation())
-    assert _agentrl("eval", "calculator", "--model", "m", "--greedy").exit_code == 0
+    assert _agentrl("eval", "calculator", "--model", tiny_checkpoint, "--greedy").exit_code == 0
     assert evaluate.called is not None
     assert (evaluate.called[1]["n"], evaluate.called[1]["sampling"].temperature) == (1, 0.0)
 
@@ -130,20 +136,20 @@ def test_eval_refuses_what_does_not_fit(
 
 def test_a_user_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
     _stand_in(monkeypatch, "train", BadData("tasks.jsonl has no column 'answer'"))
-    result = _agentrl("train", "calculator")
+    result = _agentrl("train", "quickstart")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "BadData: tasks.jsonl has no column 'answer'\n"
 
 
 def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
     _stand_in(monkeypatch, "train", KeyboardInterrupt())
-    result = _agentrl("train", "calculator")
+    result = _agentrl("train", "quickstart")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     _stand_in(monkeypatch, "train", ZeroDivisionError("ours"))
-    assert isinstance(_agentrl("train", "calculator").exception, ZeroDivisionError)
+    assert isinstance(_agentrl("train", "quickstart").exception, ZeroDivisionError)
 
 
 def test_an_unknown_target_gets_a_suggestion() -> None:

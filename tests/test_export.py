@@ -19,6 +19,7 @@ from agentrl.errors import BadConfig, BadData
 from agentrl.export import export
 from agentrl.learner import Learner
 from agentrl.log import RunFolder
+from agentrl.resume import Process
 
 
 def adapter(model: Any, *, scale: float) -> Adapter:
@@ -51,6 +52,10 @@ def run(tmp_path: Path, tiny_checkpoint: Path) -> RunFolder:
     return folder
 
 
+def state(step: int) -> State:
+    return State(step=step, version=step, config="", tokenizer="", process=Process.current())
+
+
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     found: torch.Tensor = model.eval()(input_ids=torch.arange(5, 40)[None]).logits
@@ -63,7 +68,7 @@ def test_the_merged_checkpoint_has_the_logits_of_base_and_newest_adapter(
     checkpoints = Checkpoints(run.checkpoints, keep=2)
     for step, scale in ((1, 0.5), (2, 0.2)):
         given = adapter(make_model(), scale=scale)
-        newest = checkpoints.save(State(step, step, "digest"), adapter=given, optimizer={})
+        newest = checkpoints.save(state(step), adapter=given, optimizer={})
     target = tmp_path / "merged"
     assert export(run.root, target) == target
 
@@ -89,7 +94,7 @@ def test_a_warm_started_run_is_merged_into_its_warm_start(
     warm.save_pretrained(run.warm_start)
     tokenizer.save_pretrained(run.warm_start)
     given = adapter(make_model(), scale=0.0)
-    Checkpoints(run.checkpoints, keep=1).save(State(1, 1, "digest"), adapter=given, optimizer={})
+    Checkpoints(run.checkpoints, keep=1).save(state(1), adapter=given, optimizer={})
     merged = AutoModelForCausalLM.from_pretrained(export(run.root, tmp_path / "merged"))
     expected = AutoModelForCausalLM.from_pretrained(run.warm_start)
     torch.testing.assert_close(logits(merged), logits(expected), rtol=1e-4, atol=1e-4)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from agentrl.errors import BadConfig, BadData, MissingExtra
+from agentrl.errors import BadConfig, BadData, CannotWrite, MissingExtra
 from agentrl.log import Display, RunFolder, RunLog, read_rows, transcript, truncate_after
 from agentrl.types import Completion, Group, Message, Score, Task, ToolCall, Trajectory, Turn
 
@@ -126,6 +127,44 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(folder: RunFolder)
         "step_000002.jsonl",
     ]
     assert not folder.summary.exists()
+
+
+def test_a_resumed_run_knows_the_rows_that_were_written(folder: RunFolder) -> None:
+    with RunLog(folder, config_text=_CONFIG) as log:
+        assert not log.has(0, phase="evaluation")
+        log.step(0, {}, phase="evaluation")
+        log.step(1, {})
+        log.step(2, {})
+    with RunLog(folder, config_text=_CONFIG, resume_after=1) as log:
+        assert log.has(0, phase="evaluation")
+        assert log.has(1, phase="train")
+        assert not log.has(2, phase="train")
+        with pytest.raises(ValueError, match="written once"):
+            log.step(1, {})
+
+
+def test_a_row_that_the_disk_refuses_is_one_clear_error_and_is_cut_off_later(folder: RunFolder) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunLog(folder, config_text=_CONFIG) as log:
+        log.step(1, {"reward/mean": 1.0})
+        size = folder.metrics.stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+        try:
+            with pytest.raises(CannotWrite, match=r"metrics.jsonl could not be written: File too large"):
+                log.step(2, {"reward/mean": 1.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert folder.metrics.stat().st_size == size + 10
+    with RunLog(folder, config_text=_CONFIG, resume_after=1) as log:
+        log.step(2, {"reward/mean": 0.5})
+    assert [row["reward/mean"] for row in read_rows(folder)] == [1.0, 0.5]
+
+
+def test_a_folder_that_can_not_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    broken = RunLog(RunFolder(tmp_path / "runs" / "mine"), config_text=_CONFIG)
+    with pytest.raises(CannotWrite, match="runs/mine could not be written: Not a directory"), broken:
+        pass
 
 
 def test_a_row_that_a_kill_cut_off_is_left_out(folder: RunFolder) -> None:

@@ -152,7 +152,7 @@ def test_a_loaded_model_is_frozen_and_packed(tmp_path: Path) -> None:
 
 
 def test_nothing_to_load_is_said_with_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match=f"no model could be loaded from '{tmp_path}'"):
+    with pytest.raises(UnsupportedModel, match=f"the model folder {tmp_path} has no config.json"):
         load_model(tmp_path)
     with pytest.raises(UnsupportedModel, match=f"no tokenizer could be loaded from '{tmp_path}'"):
         load_tokenizer(tmp_path)

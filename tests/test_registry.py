@@ -122,7 +122,10 @@ def test_module_and_file_names_reach_into_them(module: Path) -> None:
             "no environment named 'calculater'; did you mean 'calculator'.*Your own: 'package.module:Name'",
         ),
         ("zzz", "no environment named 'zzz'; there are .*calculator.*math"),
-        ("no_such_module:Env", "can't import the module 'no_such_module'.*No module named 'no_such_module'"),
+        (
+            "no_such_module:Env",
+            "can't import the environment's module 'no_such_module'.*No module named 'no_such_module'",
+        ),
         ("nowhere/env.py:Env", "no file .*nowhere/env.py"),
         ("registry_probe:alwys", "no environment 'alwys' in registry_probe; did you mean 'always'"),
         ("registry_probe.py:Inner.Dep", "no environment 'Inner.Dep' in registry_probe.py"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from agentrl.env import Env, Step, ToolEnv
 from agentrl.errors import AgentRLError, EngineError, UserError, WorldError
 from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
+from agentrl.threads import in_thread
 from agentrl.tools import tool
 from agentrl.types import Completion, Group, Message, Task, Trajectory
 
@@ -52,6 +54,7 @@ def run(
     in_flight: int = 8,
     deterministic: bool = False,
     on_episode: Callable[[], None] = lambda: None,
+    on_stall: Callable[[str], None] = lambda text: None,
     **limits: Any,
 ) -> list[Group]:
     limits = {"max_turn_tokens": 64, "max_episode_tokens": 512, "deadline_s": 5.0} | limits
@@ -62,6 +65,7 @@ def run(
         limits=RolloutConfig(**limits),
         in_flight=in_flight,
         deterministic=deterministic,
+        on_stall=on_stall,
     )
     planned = plans() if planned is None else planned
     groups = rollouts.groups(planned, sampling=SAMPLING, on_episode=on_episode)
@@ -369,7 +373,8 @@ def test_an_episode_that_the_world_fails_every_time_is_invalid_and_its_siblings_
     failed = groups[1].trajectories[0]
     assert (failed.task_id, failed.stop_reason, failed.fault) == ("train-1", "fault", "environment")
     assert (failed.score, failed.turns) == (None, ())
-    assert len(Broken.made) == len(Broken.closed) == 2 + 2 * 2
+    assert [fault.message for fault in failed.faults] == ["no such image"] * 2
+    assert len(Broken.made) == len(Broken.closed)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -397,7 +402,7 @@ def test_an_environment_that_outlasts_its_deadline_fails_like_the_world(
             raise AssertionError
 
     trajectory = only(run(Hanging, scripted_engine("3"), chats, deadline_s=0.05, retries=1))
-    assert (trajectory.valid, trajectory.fault, len(Hanging.made)) == (False, "environment", 2)
+    assert (trajectory.valid, trajectory.fault, len(trajectory.faults)) == (False, "environment", 2)
 
 
 def test_a_hanging_reset_or_close_holds_nobody_up(scripted_engine: Any, chats: Chats) -> None:
@@ -415,6 +420,173 @@ def test_a_hanging_reset_or_close_holds_nobody_up(scripted_engine: Any, chats: C
     over.set()
     assert (trajectory.valid, trajectory.reward) == (True, 1.0)
     assert len(Stuck.made) > 1
+
+
+class Failing(Desk):
+    """Fails at the boundary that is asked for."""
+
+    boundary = ""
+
+    @tool
+    async def add(self, a: int, b: int) -> int:
+        """Add."""
+        self.fail("tool")
+        return a + b
+
+    def setup(self, task: Task) -> None:
+        self.fail("environment")
+
+    def reward(self, evidence: Any) -> float:
+        self.fail("reward")
+        return 1.0
+
+    def fail(self, boundary: str) -> None:
+        if boundary == self.boundary:
+            raise WorldError(f"the {boundary} is gone")
+
+
+@pytest.mark.parametrize("boundary", ["tool", "environment", "reward"])
+def test_an_invalid_episode_names_the_boundary_that_failed(
+    scripted_engine: Any, chats: Chats, monkeypatch: pytest.MonkeyPatch, boundary: str
+) -> None:
+    monkeypatch.setattr(Failing, "boundary", boundary)
+    trajectory = only(run(Failing, scripted_engine(CALL, "3"), chats, retries=1))
+    assert (trajectory.valid, trajectory.fault) == (False, boundary)
+    assert [fault.message for fault in trajectory.faults] == [f"the {boundary} is gone"] * 2
+
+
+def test_a_healed_episode_knows_its_faults(scripted_engine: Any, chats: Chats) -> None:
+    engine = scripted_engine(CALL, "3")
+    said = engine.generate
+
+    async def once(prompt_ids: Any, sampling: Sampling) -> Completion:
+        engine.generate = said
+        raise EngineError("out of memory")
+
+    engine.generate = once
+    assert only(run(Failing, scripted_engine("3"), chats)).faults == ()
+    healed = only(run(Failing, engine, chats))
+    assert (healed.valid, healed.fault, len(healed.faults)) == (True, "", 1)
+    assert healed.faults[0].boundary == "engine"
+
+
+def test_an_environment_that_can_not_be_made_fails_like_the_world(scripted_engine: Any, chats: Chats) -> None:
+    def make() -> Env:
+        raise WorldError("no image")
+
+    trajectory = only(run(make, scripted_engine("3"), chats, retries=1))
+    assert (trajectory.valid, trajectory.fault, trajectory.task_id) == (False, "environment", "train[0]")
+
+
+def test_an_engine_that_does_not_answer_is_given_up(
+    sums: type[Env], scripted_engine: Any, chats: Chats
+) -> None:
+    engine = scripted_engine("3")
+    engine.generate = lambda prompt_ids, sampling: asyncio.sleep(60)
+    trajectory = only(run(sums, engine, chats, request_deadline_s=0.05, retries=0))
+    assert (trajectory.valid, trajectory.fault) == (False, "engine")
+    assert "rollout.request_deadline_s" in trajectory.faults[0].message
+
+
+def test_a_reward_that_hangs_is_named(scripted_engine: Any, chats: Chats) -> None:
+    over = threading.Event()
+
+    class Slow(Desk):
+        def reward(self, evidence: Any) -> float:
+            over.wait(60)
+            return 1.0
+
+    trajectory = only(run(Slow, scripted_engine("3"), chats, deadline_s=0.1, retries=0))
+    over.set()
+    assert (trajectory.valid, trajectory.fault) == (False, "reward")
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_tool_that_hangs_is_an_observation_even_where_a_step_may_take_less_than_a_tool(
+    scripted_engine: Any, chats: Chats, deterministic: bool
+) -> None:
+    over = threading.Event()
+
+    class Hanging(Desk):
+        tool_deadline_s = 0.3
+
+        @tool
+        async def add(self, a: int, b: int) -> int:
+            """Add."""
+            if self.task.id == "train-0":
+                await in_thread(over.wait, 60)
+            return a + b
+
+    groups = run(
+        Hanging,
+        scripted_engine(CALL, "3"),
+        chats,
+        planned=plans(tasks=3),
+        deadline_s=0.2,
+        deterministic=deterministic,
+    )
+    over.set()
+    assert [only([group]).reward for group in groups] == [1.0, 1.0, 1.0]
+    hung = only(groups[:1])
+    assert "took longer than 0.3 s" in hung.messages[2].content
+    assert (hung.faults, hung.calls) == ((), {"late": 1})
+
+
+def test_a_coroutine_that_refuses_to_be_cancelled_holds_nobody_up(scripted_engine: Any, chats: Chats) -> None:
+    over = asyncio.Event()
+
+    class Stubborn(Desk):
+        async def astep(self, action: Message) -> Step:
+            while not over.is_set():
+                with suppress(asyncio.CancelledError):
+                    await over.wait()
+            raise WorldError("at last")
+
+    groups = run(Stubborn, scripted_engine("3"), chats, deadline_s=0.1, retries=0, on_episode=over.set)
+    assert only(groups).fault == "environment"
+
+
+def test_a_stalled_step_names_task_and_boundary(scripted_engine: Any, chats: Chats) -> None:
+    over = threading.Event()
+    said: list[str] = []
+
+    class Slow(Desk):
+        def reward(self, evidence: Any) -> float:
+            over.wait(60)
+            return 1.0
+
+    def on_stall(text: str) -> None:
+        said.append(text)
+        over.set()
+
+    assert only(run(Slow, scripted_engine("3"), chats, on_stall=on_stall, stall_s=0.05)).reward == 1.0
+    assert "task 'train-0', sibling 0, on the reward in its step" in said[0]
+
+
+def test_a_stream_of_tasks_that_is_used_up_begins_again(scripted_engine: Any, chats: Chats) -> None:
+    class Finite(Desk):
+        def tasks(self, split: str) -> Iterator[Task]:  # type: ignore[override]
+            return iter(super().tasks(split))
+
+    groups = run(Finite, scripted_engine("3"), chats, planned=plans(tasks=6))
+    assert [group.task.id for group in groups] == [f"train-{index % 4}" for index in range(6)]
+
+
+def test_a_stream_of_tasks_that_broke_is_read_anew_in_the_next_attempt(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Torn(Desk):
+        breaks: ClassVar[list[str]] = ["once"]
+
+        def tasks(self, split: str) -> Iterator[Task]:  # type: ignore[override]
+            yield from list(super().tasks(split))[:1]
+            if self.breaks:
+                raise WorldError(self.breaks.pop())
+            yield from list(super().tasks(split))[1:]
+
+    groups = run(Torn, scripted_engine("3"), chats, planned=plans(tasks=3), in_flight=1)
+    assert [group.task.id for group in groups] == ["train-0", "train-1", "train-2"]
+    assert [fault.message for fault in only(groups[1:2]).faults] == ["once"]
 
 
 def test_a_world_that_is_gone_at_the_close_does_not_spoil_the_episode(
@@ -478,6 +650,23 @@ def test_gold_episodes_are_token_for_token_what_the_template_writes(
         assert trained.count("<|im_end|>") == 2
         assert trained.startswith("<tool_call>")
         assert episode.reward == 1.0
+
+
+def test_a_failure_of_the_world_in_a_gold_episode_is_retried(chats: Chats) -> None:
+    class Shaky(Failing):
+        def gold(self, task: Task) -> Sequence[Message]:
+            if len(self.made) < 3:
+                raise WorldError("the page with the answers is gone")
+            return (Message("assistant", "3"),)
+
+    limits = RolloutConfig(max_turn_tokens=64, max_episode_tokens=512, retries=2)
+    (episode,) = asyncio.run(gold_episodes(Shaky, chats, plans(), limits=limits))
+    assert episode.reward == 1.0
+    Shaky.made.clear()
+    limits = limits.model_copy(update={"retries": 1})
+    with pytest.raises(WorldError, match="the page with the answers") as caught:
+        asyncio.run(gold_episodes(Shaky, chats, plans(), limits=limits))
+    assert "every one of 2 attempts" in caught.value.__notes__[-1]
 
 
 @pytest.mark.parametrize(

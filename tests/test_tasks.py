@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from agentrl.errors import BadData, UserError
-from agentrl.tasks import TaskStream, draw_task, freeze, task_at
+from agentrl.errors import BadData, UserError, WorldError
+from agentrl.tasks import TaskStream, draw_task, freeze, place_in, task_at
 from agentrl.types import Message, Task
 
 
@@ -43,6 +43,26 @@ def test_an_index_out_of_range_says_what_is_in_range(many: list[Task], index: in
     with pytest.raises(UserError, match=f"the split 'train' has no task {index}"):
         task_at(many, index, split="train")
     assert task_at(many, np.int64(2), split="train").id == "2"
+
+
+def test_a_stream_that_is_used_up_begins_again() -> None:
+    stream = TaskStream(tasks(3))
+    assert [place_in(stream, position, split="train") for position in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    with pytest.raises(BadData, match="has no tasks"):
+        place_in(TaskStream(()), 0, split="train")
+
+
+def test_a_stream_that_could_not_be_read_does_not_look_finished() -> None:
+    def torn() -> Iterator[Task]:
+        yield from tasks(2)
+        raise WorldError("the server is gone")
+
+    stream = TaskStream(torn())
+    for _ in range(2):
+        with pytest.raises(WorldError, match="the server is gone"):
+            place_in(stream, 5, split="train")
+    assert stream.failed
+    assert stream[1].id == "1"
 
 
 def test_tasks_of_a_stream_are_drawn_from_all_that_it_has() -> None:

@@ -316,4 +316,4 @@ def test_a_method_gets_its_owner_by_bind() -> None:
     ],
 )
 def test_results_become_text(result: object, text: str) -> None:
-    assert as_text(result, most_chars=20) == text
+    assert as_text(result, most_chars=20)[0] == text

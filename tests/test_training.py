@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,15 +20,17 @@ from typing import Any, ClassVar
 import numpy as np
 import peft
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 import agentrl
 from agentrl.engine import Adapter
 from agentrl.env import ToolEnv
-from agentrl.errors import BadConfig, WorldError
-from agentrl.learner import Learner
-from agentrl.log import Row, RunFolder, read_rows
+from agentrl.errors import BadConfig, CannotWrite, WorldError
+from agentrl.learner import Learner, Optimization
+from agentrl.log import Row, RunFolder, RunLog, read_rows
 from agentrl.seeds import derive
+from agentrl.threads import in_compute_thread, run_sync
 from agentrl.types import Message, Sample, Task
 
 SEED = 4
@@ -50,27 +55,32 @@ def _calm() -> Iterator[None]:
     Letters.on_score = staticmethod(lambda env: None)
 
 
+def settings(name: str, output: Path, model: Path) -> dict[str, Any]:
+    """Four steps that take a few tenths of a second."""
+    return {
+        "name": name,
+        "seed": SEED,
+        "steps": 4,
+        "output": str(output),
+        "environment": {"id": f"{__name__}:Letters"},
+        "model": {"path": str(model)},
+        "rollout": {"tasks_per_step": 3, "group_size": 4, "max_turn_tokens": 6, "max_episode_tokens": 64},
+        "lora": {"r": 2, "train_norms": True},
+        "optimizer": {"learning_rate": 1e-2},
+        "algorithm": {"minibatches": 2},
+        "engine": {"max_sequences": 8, "deterministic": True},
+        "evaluation": {"tasks": 3, "samples": 2, "k": [1, 2], "every": 2, "curve_tasks": 2},
+        "checkpoint": {"every": 3},
+        "log": {"trackers": []},
+    }
+
+
 @pytest.fixture
 def config(tmp_path: Path, tiny_checkpoint: Path) -> Callable[..., dict[str, Any]]:
-    """Four steps that take a few tenths of a second; sections given replace single settings."""
+    """Makes ``settings``; sections given replace single ones."""
 
     def make(name: str = "run", **changes: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "name": name,
-            "seed": SEED,
-            "steps": 4,
-            "output": str(tmp_path),
-            "environment": {"id": f"{__name__}:Letters"},
-            "model": {"path": str(tiny_checkpoint)},
-            "rollout": {"tasks_per_step": 3, "group_size": 4, "max_turn_tokens": 6, "max_episode_tokens": 64},
-            "lora": {"r": 2, "train_norms": True},
-            "optimizer": {"learning_rate": 1e-2},
-            "algorithm": {"minibatches": 2},
-            "engine": {"max_sequences": 8, "deterministic": True},
-            "evaluation": {"tasks": 3, "samples": 2, "k": [1, 2], "every": 2, "curve_tasks": 2},
-            "checkpoint": {"every": 3},
-            "log": {"trackers": []},
-        }
+        values = settings(name, tmp_path, tiny_checkpoint)
         for key, change in changes.items():
             values[key] = {**values[key], **change} if isinstance(change, Mapping) else change
         return values
@@ -180,7 +190,7 @@ def test_a_run_that_was_stopped_and_resumed_has_the_numbers_of_one_that_was_not(
     whole = agentrl.train(config("whole"))
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     Letters.on_score = staticmethod(interrupt_in_step(1))
-    assert agentrl.train(config("parted")) == {"stopped_at": 2}
+    assert agentrl.train(config("parted")) == {"stopped_at": 2, "signal": signal.SIGINT}
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     said = capsys.readouterr().out
     assert "stopped after step 2 of 4" in said
@@ -197,6 +207,7 @@ def test_a_run_that_was_stopped_and_resumed_has_the_numbers_of_one_that_was_not(
         == {
             "adapter_config.json",
             "adapter_model.safetensors",
+            "manifest.json",
             "optimizer.pt",
             "state.json",
         }
@@ -289,6 +300,158 @@ def test_a_warm_start_that_was_cut_off_begins_anew(
     assert rows(folder.root) == rows(tmp_path / "whole")
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that the run does for its own errors happens."""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (RunLog, "step", 1),  # the base's evaluation is kept, its row is not written
+        (Path, "rename", 2),  # of the second checkpoint
+        pytest.param(Optimization, "step", 3, marks=pytest.mark.slow),  # within the second step
+        pytest.param(os, "fsync", 12, marks=pytest.mark.slow),  # within the first checkpoint
+        pytest.param(RunLog, "summary", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_killed_has_the_numbers_of_one_that_was_not(
+    config: Callable[..., dict[str, Any]],
+    undisturbed: Path,
+    tmp_path: Path,
+    owner: Any,
+    name: str,
+    calls: int,
+) -> None:
+    function, count = getattr(owner, name), iter(range(1, 10**6))
+
+    def killed(*args: Any, **settings: Any) -> Any:
+        if next(count) == calls:
+            raise Killed
+        return function(*args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            agentrl.train(config("killed"), resume=True)
+    agentrl.train(config("killed"), resume=True)
+    folder = tmp_path / "killed"
+    assert rows(folder) == rows(undisturbed)
+    assert files(folder)["adapter_model.safetensors"] == files(undisturbed)["adapter_model.safetensors"]
+    assert not list(folder.rglob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The folder of a run from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    agentrl.train(settings("run", folder, tiny_checkpoint))
+    return folder / "run"
+
+
+def test_the_programs_own_generators_play_no_part(
+    config: Callable[..., dict[str, Any]], undisturbed: Path, tmp_path: Path
+) -> None:
+    Letters.on_score = staticmethod(interrupt_in_step(1))
+    agentrl.train(config())
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    agentrl.train(config(), resume=True)
+    assert rows(tmp_path / "run") == rows(undisturbed)
+
+
+def test_a_resumed_run_splits_its_sums_over_as_many_threads_as_it_began_with(
+    config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    update = Learner.update
+
+    def remember(self: Learner, samples: list[Sample], **settings: Any) -> dict[str, float]:
+        seen.append(torch.get_num_threads())
+        return update(self, samples, **settings)
+
+    monkeypatch.setattr(Learner, "update", remember)
+    before = computing(torch.get_num_threads)
+    try:
+        Letters.on_score = staticmethod(interrupt_in_step(0))
+        computing(torch.set_num_threads, 1)
+        agentrl.train(config())
+        computing(torch.set_num_threads, 2)
+        agentrl.train(config(), resume=True)
+        assert seen == [1, 1, 1, 1]
+        assert computing(torch.get_num_threads) == 2
+    finally:
+        computing(torch.set_num_threads, before)
+
+
+def computing(function: Callable[..., Any], *args: Any) -> Any:
+    return run_sync(in_compute_thread(function, *args))
+
+
+def test_a_finished_run_goes_on_with_more_steps_where_that_is_accepted(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    agentrl.train(config(steps=2))
+    before = rows(tmp_path / "run")
+    longer = agentrl.train(config(steps=4, log={"transcripts": 1}), resume=True, accept=["steps"])
+    assert (longer["steps"], rows(tmp_path / "run")[: len(before)]) == (4, before)
+    assert steps(RunFolder(tmp_path / "run")) == [1, 2, 3, 4]
+    assert agentrl.train(config(steps=4), resume=True) == longer
+    with pytest.raises(BadConfig, match=r"steps is 3, but .* has 4 of them behind it"):
+        agentrl.train(config(steps=3), resume=True, accept=["steps"])
+    with pytest.raises(BadConfig, match="accept is .* without resume"):
+        agentrl.train(config(steps=5), accept=["steps"])
+
+
+def test_the_base_is_measured_anew_where_it_is_to_be_measured_otherwise(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    agentrl.train(config(steps=1))
+    longer = config(steps=2, evaluation={"tasks": 5})
+    summary = agentrl.train(longer, resume=True, accept=["steps", "evaluation.tasks"])
+    assert (summary["before"]["tasks"], summary["after"]["tasks"]) == (5, 5)
+    assert [row["step"] for row in rows(tmp_path / "run") if row["phase"] == "evaluation"] == [0, 1, 2]
+
+
+def test_another_tokenizer_is_not_resumed(
+    config: Callable[..., dict[str, Any]], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    Letters.on_score = staticmethod(interrupt_in_step(0))
+    agentrl.train(config(model={"path": str(model)}))
+    with (model / "chat_template.jinja").open("a") as template:
+        template.write("{# another #}")
+    with pytest.raises(BadConfig, match=r"tokenizer of .*model is not the one .*--accept tokenizer"):
+        agentrl.train(config(model={"path": str(model)}), resume=True)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_behind_what_was_saved(
+    config: Callable[..., dict[str, Any]], undisturbed: Path, tmp_path: Path
+) -> None:
+    write = Path.write_bytes
+
+    def full(self: Path, data: Any) -> int:
+        if self.name == "optimizer.pt" and "step_000003" in str(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return write(self, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(CannotWrite, match="step_000003 could not be written: No space left"):
+            agentrl.train(config())
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002"]
+    agentrl.train(config(), resume=True)
+    assert rows(tmp_path / "run") == rows(undisturbed)
+
+
+def test_a_folder_that_can_not_be_written_is_one_clear_error(
+    config: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BadConfig, match="write in .*file/run"):
+        agentrl.train({**config(), "output": str(tmp_path / "file")})
+
+
 def test_train_works_under_a_running_event_loop(config: Callable[..., dict[str, Any]]) -> None:
     async def notebook() -> dict[str, Any]:
         return agentrl.train(config(steps=1))
@@ -356,9 +519,9 @@ def test_invalid_episodes_are_counted_and_take_no_part_in_their_groups_advantage
             raise WorldError("the judge is gone")
 
     Letters.on_score = staticmethod(on_score)
-    agentrl.train(config(steps=1, rollout={"retries": 0}))
+    agentrl.train(config(steps=1, rollout={"retries": 0, "max_invalid": 0.5}))
     (row,) = (row for row in rows(tmp_path / "run") if row["phase"] == "train")
-    assert (row["fault/environment"], row["episode/valid"]) == (4.0, pytest.approx(8 / 12))
+    assert (row["fault/reward"], row["episode/valid"]) == (4.0, pytest.approx(8 / 12))
     (samples,) = given
     assert len(samples) == 8
     by_task: dict[str, list[float]] = {}
@@ -455,7 +618,7 @@ def test_signals_finish_the_step_save_and_say_how_to_resume(
     for number, options in ((signal.SIGINT, ()), (signal.SIGTERM, ("--resume",))):
         process = start(path, *options)
         out, err = stop(process, number, when=partial(has_gone_beyond, folder, done))
-        assert process.returncode == 0, err
+        assert process.returncode == 128 + number, err
         last = steps(folder)[-1]
         assert f"stopped after step {last} of 100000, saved in {folder.checkpoints}/step_{last:06d}" in out
         assert "go on with the same command and --resume" in out
@@ -485,7 +648,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once_and_it_can_be_resum
     folder = RunFolder(tmp_path / "run")
     process = start(path)
     out, err = stop(process, signal.SIGTERM, when=folder.config.is_file)
-    assert process.returncode == 130, err
+    assert process.returncode == 143, err
     assert "the same command with --resume" in out
     assert "Traceback" not in err
     finished = start(path, "--resume")

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from agentrl.errors import WorkerLost
+from agentrl.faults import Ledger
 from agentrl.workers import Done, Limit, Probe, WorkerBug, WorkerPool, shared_pool
 
 JOBS = """
@@ -109,6 +111,30 @@ def test_a_request_over_a_limit_ends_there_and_its_worker_is_replaced(
     assert pool.call(job) == Limit(kind)  # type: ignore[arg-type]
     assert not is_running(first)
     assert pid(pool) != first
+
+
+def test_a_request_whose_worker_is_killed_from_outside_is_answered_by_another_one(pool: WorkerPool) -> None:
+    first = pid(pool)
+    os.kill(first, signal.SIGSTOP)  # so that it dies with the request taken up and unanswered
+    threading.Timer(0.1, os.kill, (first, signal.SIGKILL)).start()
+    with (ledger := Ledger()).opened():
+        outcome = pool.call(["allocate", 1])
+    assert outcome == Done(1 << 20)
+    (fault,) = ledger.faults
+    assert fault.boundary == "worker"
+    assert "killed from outside" in fault.message
+    assert not is_running(first)
+
+
+def test_a_worker_killed_while_idle_costs_no_answer(pool: WorkerPool) -> None:
+    os.kill(pid(pool), signal.SIGKILL)
+    assert pool.call(["allocate", 1]) == Done(1 << 20)
+
+
+def test_a_request_that_kills_every_worker_is_to_blame_itself(pool: WorkerPool) -> None:
+    with (ledger := Ledger()).opened():
+        assert pool.call(["die", signal.SIGKILL]) == Limit("crash")
+    assert ledger.faults == []
 
 
 def test_a_hostile_request_leaves_its_neighbours_alone(jobs: Path) -> None:

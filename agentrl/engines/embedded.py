@@ -128,8 +128,12 @@ class EmbeddedEngine:
     def take_figures(self) -> dict[str, float]:
         """Seconds and tokens of prefill and decoding since the last call, under their metrics' names; call it
         while nothing is in flight."""
-        figures = dict.fromkeys(_FIGURES, 0.0) | self._batch.stopwatch.take()
-        return figures | {"memory/cache_mib": self._batch.cache_bytes / 2**20}
+        return dict.fromkeys(_FIGURES, 0.0) | self._batch.stopwatch.take()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory that keys and values have reserved."""
+        return self._batch.cache_bytes
 
     # -- the event loop's side --
 

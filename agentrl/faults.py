@@ -1,0 +1,98 @@
+"""Failures of the world: at which boundary they happened, who counts them, and how many are too many.
+
+A WorldError is blamed on the innermost boundary that it crosses on its way out; what fails without raising
+is reported with ``healed``. An episode opens a ledger, and whatever runs on its behalf, also in a thread,
+writes into it; outside of episodes nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from agentrl.errors import TooManyInvalid, WorldError
+from agentrl.types import Fault, Group
+
+__all__ = [
+    "BOUNDARIES",
+    "CALL_ENDS",
+    "Ledger",
+    "as_fault",
+    "blamed_on",
+    "check_invalid",
+    "count_call",
+    "healed",
+]
+
+# What an episode depends on, and therefore the keys of the metrics: fixed for ever.
+BOUNDARIES = ("tool", "environment", "reward", "worker", "engine")
+# How a tool call can end other than with its result: the tool raised a ToolError, it was given up at its
+# deadline, its result was cut.
+CALL_ENDS = ("error", "late", "cut")
+
+_ledger: ContextVar[Ledger] = ContextVar("ledger")
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What went wrong in the attempts at one episode."""
+
+    faults: list[Fault] = field(default_factory=list)  # in the order in which they were met
+    calls: Counter[str] = field(default_factory=Counter)  # by ``CALL_ENDS``
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Everything that is awaited or run in a thread meanwhile writes here."""
+        token = _ledger.set(self)
+        try:
+            yield
+        finally:
+            _ledger.reset(token)
+
+
+def healed(error: WorldError) -> None:
+    """Count a failure of the world that whoever met it made good, so that nothing need be raised."""
+    ledger = _ledger.get(None)
+    if ledger is not None:
+        ledger.faults.append(as_fault(error))
+
+
+def count_call(end: str) -> None:
+    """Count a tool call that ended as ``end``, of ``CALL_ENDS``."""
+    ledger = _ledger.get(None)
+    if ledger is not None:
+        ledger.calls[end] += 1
+
+
+def as_fault(error: WorldError) -> Fault:
+    """The record of ``error``; what crossed no boundary came from the environment's own code."""
+    return Fault(error.boundary or "environment", str(error))
+
+
+@contextmanager
+def blamed_on(boundary: str) -> Iterator[None]:
+    """Let a WorldError that leaves say that it happened at ``boundary``, unless it is known more closely."""
+    try:
+        yield
+    except WorldError as error:
+        error.boundary = error.boundary or boundary
+        raise
+
+
+def check_invalid(groups: Sequence[Group], *, most: float) -> None:
+    """Raise TooManyInvalid where more than the share ``most`` of the episodes is invalid."""
+    episodes = [trajectory for group in groups for trajectory in group.trajectories]
+    invalid = [trajectory for trajectory in episodes if not trajectory.valid]
+    if len(invalid) <= most * len(episodes):
+        return
+    ((cause, count),) = Counter(trajectory.fault for trajectory in invalid).most_common(1)
+    last = next(trajectory for trajectory in reversed(invalid) if trajectory.fault == cause)
+    said = last.faults[-1].message if last.faults else "it said nothing"
+    raise TooManyInvalid(
+        f"the world failed {len(invalid)} of {len(episodes)} episodes of a step, and rollout.max_invalid "
+        f"allows a share of {most:g}; {count} failed at the boundary {cause!r}, the last one, of task "
+        f"{last.task_id!r}, with: {said}. Repair that and go on with --resume, or raise rollout.max_invalid"
+    )

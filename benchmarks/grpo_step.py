@@ -1,0 +1,210 @@
+"""One step of GRPO on a real model: agentrl beside TRL, and what the machine allows at most.
+
+    pip install -c constraints.txt -e ".[bench]"
+    python benchmarks/grpo_step.py --model DIR
+
+Gemma 3 270M, LoRA of rank 16 on all linear layers, 4 prompts of 64 tokens x 8 completions of exactly 64 at
+temperature 1, a bfloat16 base with float32 adapters, no KL, no dropout. Each library has a process of its
+own; their steps alternate, so both see the same machine. The first step of each is warm-up. Linux only.
+
+The floor is the arithmetic and the bytes that no implementation can leave out, over the rates measured here:
+the longer of the two for the rollout, likewise for the update. Prompts count once for their group. Weights
+are read once a sampled token, activations and the cache not at all.
+
+TRL runs twice: as its settings allow, which the aims are about, and with one line of ours that frees it of
+the copies of the head's weights that transformers' prompt pass makes on a CPU (see grpo_step_trl.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from machine import matmul_rate, read_rate
+from report import Row, make_parser, report
+from transformers import AutoConfig
+from workload import GROUP, PROMPTS, RANK, TOKENS, StepReport
+
+__all__ = ["Floor", "floor_of", "main"]
+
+_HERE = Path(__file__).parent
+_BF16_BYTES = 2
+_LIBRARIES = {  # the script and its last argument
+    "agentrl": ("grpo_step_agentrl.py", ""),
+    "trl": ("grpo_step_trl.py", ""),
+    "trl, contiguous head": ("grpo_step_trl.py", "contiguous-head"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark that the command line asks for."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder of Gemma 3 270M, or a hub id")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps of each (5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of each process")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rates = matmul_rate(torch.bfloat16), read_rate()
+    floor = floor_of(AutoConfig.from_pretrained(options.model).get_text_config())
+    steps = 1 if options.quick else options.steps
+    measured = _alternate(options.model, steps=steps, threads=options.threads)
+    rows = [*(_row(name, reports) for name, reports in measured.items()), floor.row(*rates)]
+    report(rows, title=_title(options), notes=_notes(rows, floor, rates), json_path=options.json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Floor:
+    """What one step takes at least."""
+
+    rollout_flops: float
+    update_flops: float
+    rollout_bytes: float  # of weights, read
+    update_bytes: float
+    weights_bytes: float  # of the frozen base
+
+    def row(self, flops_per_s: float, bytes_per_s: float) -> Row:
+        """Seconds at these rates, as a row of the table."""
+        rollout = max(self.rollout_flops / flops_per_s, self.rollout_bytes / bytes_per_s)
+        update = max(self.update_flops / flops_per_s, self.update_bytes / bytes_per_s)
+        return {
+            "name": "floor",
+            "seconds_per_step": rollout + update,
+            "rollout_s": rollout,
+            "update_s": update,
+            "peak_mib": self.weights_bytes / 2**20,
+        }
+
+
+def floor_of(config: Any) -> Floor:
+    """The floor for a dense model of this configuration, from its matrices alone."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    queries, keys = (
+        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    shapes = [(width, queries), (width, keys), (width, keys), (queries, width)]
+    shapes += [(width, config.intermediate_size)] * 2 + [(config.intermediate_size, width)]
+    linear = layers * sum(rows * columns for rows, columns in shapes)
+    adapter = layers * RANK * sum(rows + columns for rows, columns in shapes)
+    head = config.vocab_size * width
+    prompt, sampled = PROMPTS * TOKENS, PROMPTS * GROUP * TOKENS
+    # A multiplication and an addition for each weight. Backward: once more for the frozen matrices, which
+    # have no gradient of their own, twice more for the adapter's.
+    forward = 2 * (linear + adapter)
+    backward = 2 * linear + 4 * adapter
+    weights = (linear + head) * _BF16_BYTES
+    return Floor(
+        rollout_flops=(prompt + sampled) * forward + sampled * 2 * head,
+        update_flops=(prompt + sampled) * (forward + backward) + sampled * 4 * head,
+        rollout_bytes=TOKENS * weights,
+        update_bytes=2 * weights,
+        weights_bytes=weights,
+    )
+
+
+class _Child:
+    """A library in a process of its own that runs a step when told to."""
+
+    def __init__(self, library: str, model: str, *, threads: int) -> None:
+        self._name = library
+        script, variant = _LIBRARIES[library]
+        self._process = subprocess.Popen(
+            [sys.executable, str(_HERE / script), model, str(threads), variant],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._receive()  # it is ready
+
+    def step(self) -> StepReport:
+        """Run one step to its end."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return StepReport(**self._receive())
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"the process of {self._name} ended with code {self._process.wait()}; see above")
+        return dict(json.loads(line))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _alternate(model: str, *, steps: int, threads: int) -> dict[str, list[StepReport]]:
+    """``steps`` reports of each library, in turn, after one step of warm-up each."""
+    reports: dict[str, list[StepReport]] = {library: [] for library in _LIBRARIES}
+    with ExitStack() as stack:
+        children = {
+            library: stack.enter_context(_Child(library, model, threads=threads)) for library in _LIBRARIES
+        }
+        for step in range(1 + steps):
+            for library, child in children.items():
+                report = child.step()
+                print(f"{library}, step {step}: {report.seconds:.2f} s", file=sys.stderr)
+                if step:
+                    reports[library].append(report)
+    return reports
+
+
+def _row(name: str, reports: Sequence[StepReport]) -> Row:
+    seconds, rollout = mean(r.seconds for r in reports), mean(r.rollout_s for r in reports)
+    return {
+        "name": name,
+        "seconds_per_step": seconds,
+        "rollout_s": rollout,
+        "update_s": seconds - rollout,
+        "peak_mib": max(r.peak_mib for r in reports),
+    }
+
+
+def _title(options: Any) -> str:
+    return (
+        f"One GRPO step: {PROMPTS} prompts x {GROUP} completions, {TOKENS} + {TOKENS} tokens, "
+        f"LoRA r {RANK}, {options.threads} threads"
+    )
+
+
+def _notes(rows: Sequence[Row], floor: Floor, rates: tuple[float, float]) -> list[str]:
+    ours, *theirs, least = rows
+    compared = [
+        f"agentrl takes {_ratio(ours, row, 'seconds_per_step')} of the time and "
+        f"{_ratio(ours, row, 'peak_mib')} of the memory of {row['name']}"
+        for row in theirs
+    ]
+    return [
+        *compared,
+        f"aims: 0.20 and 0.50 of trl; the floor's time goes into agentrl's "
+        f"{_ratio(ours, least, 'seconds_per_step')} times",
+        f"floor, rollout + update: {floor.rollout_flops / 1e12:.2f} + {floor.update_flops / 1e12:.2f} TFLOP "
+        f"at {rates[0] / 1e9:.0f} GFLOP/s,",
+        f"  {floor.rollout_bytes / 1e9:.1f} + {floor.update_bytes / 1e9:.1f} GB of weights at "
+        f"{rates[1] / 1e9:.1f} GB/s; its memory is the weights alone",
+    ]
+
+
+def _ratio(one: Row, other: Row, column: str) -> str:
+    return f"{float(one[column] or 0) / float(other[column] or 1):.2f}"
+
+
+if __name__ == "__main__":
+    main()

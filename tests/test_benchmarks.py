@@ -1,0 +1,140 @@
+"""The benchmarks run: their options, their rows, and the parts that can be checked without a clock."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+_BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a file of the benchmarks' folder, as one of its scripts does."""
+    monkeypatch.syspath_prepend(_BENCHMARKS)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize("script", ["grpo_step", "env_overhead", "verify"])
+def test_a_benchmark_says_how_it_is_run(script: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        load(script).main(["--help"])
+    said = capsys.readouterr().out
+    assert f"python benchmarks/{script}.py" in said
+    assert "--json" in said
+
+
+def test_env_overhead_writes_a_row_for_each_way_to_step(
+    load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    load("env_overhead").main(["--quick", "--no-peer", "--json", str(path)])
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["aim"] for row in rows] == [100, None, None, 1000]
+    assert all(set(row) == {"name", "microseconds", "aim"} and row["microseconds"] > 0 for row in rows)
+    said = capsys.readouterr().out
+    assert all(row["name"] in said for row in rows)
+
+
+@pytest.mark.slow
+def test_verify_writes_its_rows_and_a_hostile_answer_changes_no_verdict(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AGENTRL_DATA", raising=False)
+    path = tmp_path / "rows.json"
+    load("verify").main(["--quick", "--workers", "1", "--json", str(path)])
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    columns = {"name", "per_second", "of_peer", "seconds", "added_mib", "differing"}
+    assert all(set(row) == columns for row in rows)
+    throughput = [row for row in rows if row["per_second"] is not None]
+    assert [row["name"].split(",")[0] for row in throughput] == ["agentrl boxed", "math-verify alone"] * 2
+    assert all(row["differing"] == 0 for row in throughput)
+    hostile = rows[len(throughput)]
+    assert hostile["seconds"] >= 2
+    assert hostile["differing"] == 0
+
+
+def test_verify_compares_with_the_peer_and_finds_the_same_verdicts(load: Any) -> None:
+    verify = load("verify")
+    pairs = verify.make_pairs(["12", r"\frac{1}{2}"])
+    ours, theirs = verify.throughput_rows("two truths", pairs, workers=1, repeats=1)
+    assert (ours["name"], theirs["name"]) == ("agentrl boxed, two truths", "math-verify alone, two truths")
+    assert ours["differing"] == theirs["differing"] == 0
+    assert ours["of_peer"] == pytest.approx(ours["per_second"] / theirs["per_second"])
+
+
+def test_every_truth_is_asked_with_right_and_wrong_answers(load: Any) -> None:
+    pairs = load("verify").make_pairs(["12", r"\frac{1}{2}"])
+    assert sorted(pair.answer for pair in pairs if pair.truth == "12") == ["12", "712", "{12} + 0"]
+    assert len(pairs) == 6
+
+
+def test_prompts_have_exactly_as_many_tokens_as_the_workload_says(load: Any, tokenizer: Any) -> None:
+    workload = load("workload")
+    texts = workload.prompts(tokenizer)
+    assert [len(tokenizer.encode(text)) for text in texts] == [workload.TOKENS] * workload.PROMPTS
+    assert len(set(texts)) == workload.PROMPTS
+
+
+def test_rewards_are_spread_within_every_group(load: Any) -> None:
+    workload = load("workload")
+    rewards = workload.spread_rewards(0)
+    groups = [rewards[at : at + workload.GROUP] for at in range(0, len(rewards), workload.GROUP)]
+    assert len(groups) == workload.PROMPTS
+    assert all(sorted(group) == sorted(groups[0]) and len(set(group)) == workload.GROUP for group in groups)
+    assert workload.spread_rewards(1) != rewards
+
+
+def test_the_floor_counts_the_matrices_of_the_model(load: Any) -> None:
+    config = SimpleNamespace(
+        hidden_size=640,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        intermediate_size=2048,
+        vocab_size=262_144,
+    )
+    floor = load("grpo_step").floor_of(config)
+    assert floor.weights_bytes == pytest.approx(268.1e6 * 2, rel=1e-3)  # Gemma 3 270M, in bfloat16
+    assert floor.rollout_bytes == 64 * floor.weights_bytes
+    assert floor.rollout_flops + floor.update_flops == pytest.approx(3.5e12, rel=0.05)
+
+
+def test_the_floor_is_the_slower_of_arithmetic_and_reading(load: Any) -> None:
+    floor = load("grpo_step").Floor(
+        rollout_flops=4.0, update_flops=6.0, rollout_bytes=8.0, update_bytes=1.0, weights_bytes=2**20
+    )
+    row = floor.row(2.0, 1.0)
+    assert (row["rollout_s"], row["update_s"], row["seconds_per_step"], row["peak_mib"]) == (
+        8.0,
+        3.0,
+        11.0,
+        1.0,
+    )
+
+
+@pytest.mark.slow
+def test_agentrls_side_of_the_step_answers_what_it_is_told_to_run(tiny_checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(_BENCHMARKS / "grpo_step_agentrl.py"), str(tiny_checkpoint), "1"],
+        input="step\nstep\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    ready, *reports = (json.loads(line) for line in done.stdout.splitlines())
+    assert ready == {"ready": True}
+    assert len(reports) == 2, done.stderr
+    assert all(report["seconds"] > report["rollout_s"] > 0 < report["peak_mib"] for report in reports)
