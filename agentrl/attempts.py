@@ -304,7 +304,7 @@ class _Episode:
             valid=valid,
             fault="" if valid else fault.boundary,
             faults=() if valid else (fault,),
-            timings=dict(self._seconds),
+            timings={**self._env.timings, **self._seconds},
         )
 
 

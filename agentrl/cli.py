@@ -1,4 +1,4 @@
-"""The command line: train, eval, check, list, show, export, version.
+"""The command line: train, eval, bench, check, list, show, export, version.
 
 A UserError is one clear line on stderr and exit code 2; Ctrl-C is 130 and SIGTERM 143; a check that
 fell is 1; a bug keeps its traceback. What loads torch is imported by the command that needs it, so ``--help``
@@ -138,8 +138,37 @@ def evaluate(
         ).to_json()
     display.show(evaluation_table(result, title=f"{env}, {split}"))
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        _write_json(json_path, result)
+
+
+@app.command()
+def bench(
+    target: Annotated[str, typer.Argument(help="A YAML file, a packaged configuration, or an environment.")],
+    settings: Settings = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or hub id, instead of the one configured.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to measure, after one that is not.")] = 3,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a torch trace of one more step to this file.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write the report to this file.")
+    ] = None,
+) -> None:
+    """Show where a training step's seconds and bytes go; leaves no run behind."""
+    from agentrl.configfile import load_config
+
+    config = load_config(target, settings or (), model=model)
+    from agentrl.bench import bench, bench_table
+    from agentrl.log import Display
+
+    with Display() as display:
+        report = bench(config, steps=steps, profile=profile, display=display)
+        for table in bench_table(report):
+            display.show(table)
+    if json_path is not None:
+        _write_json(json_path, report.to_json())
 
 
 @app.command()
@@ -163,6 +192,11 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
     Console().print(table)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _write_json(path: Path, report: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command("list")

@@ -27,7 +27,7 @@ from agentrl.registry import make
 from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.seeds import derive
 from agentrl.statistics import Estimate, PassReport, TaskCount, paired, pass_at_k, report_pass
-from agentrl.threads import run_sync
+from agentrl.threads import in_compute_thread, run_sync
 from agentrl.types import Group
 
 __all__ = [
@@ -195,7 +195,8 @@ def evaluate(
     make_env = _factory(environment, dict(args or {}))
     available = tasks_available(make_env(), split, wanted=tasks)
     plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
-    loaded = load_model(model, device=default_device())
+    # In the thread that will compute: a second one with a team of its own would halve the speed of both.
+    loaded = run_sync(in_compute_thread(load_model, model, device=default_device()))
     chats = Chats(load_tokenizer(model), stop_token_ids=stop_token_ids(loaded), on_certificate=on_note)
     context = min(context, context_length(loaded))
     limits = RolloutConfig(max_turn_tokens=min(sampling.max_tokens, context), max_episode_tokens=context)

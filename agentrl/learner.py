@@ -228,6 +228,17 @@ class Learner:
         scored = self.optimization.score(samples, temperature=temperature)
         return [dataclasses.replace(s, old=value) for s, value in zip(samples, scored, strict=True)]
 
+    def memory_mib(self) -> dict[str, float]:
+        """What the base, the adapter with its gradient and AdamW's moments take."""
+        adapter = sum(parameter.nbytes for parameter in self.optimization.parameters)
+        whole = sum(parameter.nbytes for parameter in self.policy.parameters())
+        state = self.optimization.adamw.state_dict()["state"].values()
+        moments = sum(
+            value.nbytes for entry in state for value in entry.values() if isinstance(value, Tensor)
+        )
+        parts = {"base": whole - adapter, "adapter and gradient": 2 * adapter, "optimizer": moments}
+        return {name: size / 2**20 for name, size in parts.items()}
+
     def optimizer_state(self) -> dict[str, Any]:
         """A copy of AdamW's state, for a checkpoint."""
         return copy.deepcopy(dict(self.optimization.adamw.state_dict()))

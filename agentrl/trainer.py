@@ -150,10 +150,9 @@ class Trainer:
                 samples += group_relative(rewards, episodes, estimator=ADVANTAGES[algorithm.advantage])
         return samples
 
-    @property
-    def cache_bytes(self) -> int:
-        """Memory that the engine's keys and values have reserved."""
-        return self._engine.cache_bytes
+    def memory_mib(self) -> dict[str, float]:
+        """What the learner's parts take, and the engine's keys and values."""
+        return self._learner.memory_mib() | {"cache": self._engine.cache_bytes / 2**20}
 
     def snapshot(self) -> tuple[Adapter, dict[str, Any]]:
         """The adapter and the optimizer's state; call it in the compute thread."""

@@ -161,7 +161,8 @@ class Trajectory:
     fault: str = ""  # where not valid: the boundary of the last fault, of ``agentrl.faults.BOUNDARIES``
     faults: tuple[Fault, ...] = ()  # every failure of the world in all attempts, the healed ones included
     calls: Mapping[str, int] = field(default_factory=dict)  # of all attempts, by ``agentrl.faults.CALL_ENDS``
-    timings: Mapping[str, float] = field(default_factory=dict)  # seconds by stage: "engine", "env"
+    timings: Mapping[str, float] = field(default_factory=dict)  # seconds by stage: "engine", "env", and of it
+    # what the environment reports, such as "tools", "reward"
 
     def prompt_ids(self, turn: int) -> IntArray:
         """The whole prompt of a turn, (prompt tokens,) int32: what the engine was asked with."""
