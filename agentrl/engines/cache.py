@@ -143,7 +143,7 @@ class Decode:
         self._cache, self.positions = cache, positions
         self._rows = torch.arange(len(positions), device=positions.device)
         self._length = int(positions.max()) + 1
-        self._masks: dict[int | None, Tensor] = {}
+        self._biases: dict[int | None, Tensor] = {}
         cache.reserve(self._length)
 
     def attend(
@@ -152,17 +152,23 @@ class Decode:
         """See :class:`agentrl.attention.Plan`."""
         self._cache.write(layer, self._rows, self.positions, key=key, value=value)
         keys, values = self._cache.read(layer, slice(0, len(self._rows)), self._length)
-        # The heads that share a key become its queries, (n, kv_heads, group, head_dim): grouped-query
-        # attention without a copy of the cache.
-        grouped = query.reshape(key.shape[0], -1, *query.shape[1:]).permute(2, 0, 1, 3)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask(window), scale=scale)
-        return out.flatten(1, 2)
+        # The heads that share a key become its queries, (n * kv_heads, group, head_dim): grouped-query
+        # attention without a copy of the cache. Two batched products and a softmax take half the time of
+        # scaled_dot_product_attention for so few queries.
+        grouped = (query * scale).reshape(key.shape[0], -1, *query.shape[1:]).permute(2, 0, 1, 3)
+        scores = torch.baddbmm(
+            self._bias(window, grouped), grouped.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)
+        )
+        out = torch.bmm(scores.softmax(-1), values.flatten(0, 1))  # (n * kv_heads, group, head_dim)
+        return out.view(len(self._rows), -1, out.shape[-1])
 
-    def _mask(self, window: int | None) -> Tensor:
-        if window not in self._masks:
+    def _bias(self, window: int | None, grouped: Tensor) -> Tensor:
+        """0 where a query may look and -inf elsewhere, (n * kv_heads, 1, length); layers share it."""
+        if window not in self._biases:
             other = torch.arange(self._length, device=self.positions.device)
             mask = other <= self.positions[:, None]
             if window is not None:
                 mask &= other > self.positions[:, None] - window
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
+            bias = grouped.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+            self._biases[window] = bias.repeat_interleave(grouped.shape[1], dim=0)[:, None]
+        return self._biases[window]

@@ -21,6 +21,7 @@ import torch
 
 from agentrl.attention import Segments
 from agentrl.engine import Adapter, Sampling
+from agentrl.engines.adapted import AdaptedModel
 from agentrl.engines.batch import Batch, Request
 from agentrl.errors import EngineError, UserError
 from agentrl.losses import token_logprobs
@@ -56,8 +57,7 @@ class EmbeddedEngine:
         ``prefill_tokens``: prompt tokens computed per forward pass, which bounds the memory of activations.
         """
         self._base = alias(model)
-        self._adapted: Any = None  # PEFT's model over another alias
-        self._adapter_config: dict[str, Any] = {}  # of what it was made
+        self._adapted: AdaptedModel | None = None  # over another alias
         self._context = context_length(model)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._batch = Batch(self._base, max_sequences=max_sequences, prefill_tokens=prefill_tokens)
@@ -225,32 +225,15 @@ class EmbeddedEngine:
 
     @torch.no_grad()
     def _install(self, adapter: Adapter | None, version: int) -> None:
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
         model = self._base
         if adapter is not None:
-            config = dict(adapter.config)
-            same = self._adapted is not None and config == self._adapter_config
-            adapted = self._adapted if same else self._adapt(config)
-            names = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-            if names != set(adapter.tensors):
-                wrong = sorted(names ^ set(adapter.tensors))
-                raise EngineError(
-                    f"the adapter's tensors are not those of its configuration: {len(wrong)} are missing or "
-                    f"too many, such as {wrong[0]!r}; load it over the base model that it was trained on"
-                )
-            set_peft_model_state_dict(adapted, dict(adapter.tensors))
-            self._adapted, self._adapter_config = adapted, config
-            model = adapted.get_base_model()
+            adapted = self._adapted
+            if adapted is None or adapted.config != dict(adapter.config):
+                adapted = AdaptedModel(self._base, adapter.config)
+            adapted.load(adapter.tensors)
+            self._adapted, model = adapted, adapted.model
         self._batch.serve(model)
         self._version = version
-
-    def _adapt(self, config: dict[str, Any]) -> Any:
-        """PEFT's model over an alias of the base; its adapter's values are still to come."""
-        from peft import LoraConfig, get_peft_model
-
-        with torch.random.fork_rng(devices=[]):  # PEFT draws first values, which nobody will see
-            return get_peft_model(alias(self._base), LoraConfig(**{**config, "inference_mode": True})).eval()
 
     @torch.no_grad()
     def _score(self, token_ids: IntArray, temperature: float) -> FloatArray:

@@ -558,7 +558,9 @@ def test_an_adapter_that_peft_saved_is_served(
     serve(qwen3, use)
 
 
-def test_the_base_is_shared_and_the_adapter_is_a_copy(qwen3: Any, checkpoints: dict[str, Path]) -> None:
+def test_the_base_is_shared_and_the_adapter_is_a_copy(
+    qwen3: Any, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy, prompt = adapted(checkpoints["qwen3"]), words(20)
     adapter = published(policy)
 
@@ -569,6 +571,28 @@ def test_the_base_is_shared_and_the_adapter_is_a_copy(qwen3: Any, checkpoints: d
         check(policy, prompt, await engine.generate(prompt, sampling(8)))
         ours = {tensor.data_ptr() for tensor in engine._batch.model.parameters()}
         assert {tensor.data_ptr() for tensor in qwen3.parameters()} <= ours
+
+    monkeypatch.setattr("agentrl.engines.adapted._MERGED_BYTES", 0)
+    serve(qwen3, use)
+
+
+def test_the_adapter_of_a_small_model_is_merged_into_copies_of_its_layers_afresh_each_time(
+    qwen3: Any, checkpoints: dict[str, Path]
+) -> None:
+    prompt = words(20)
+    policies = [adapted(checkpoints["qwen3"], seed=seed) for seed in (1, 2, 1)]
+    kept = {name: value.clone() for name, value in qwen3.state_dict().items()}
+
+    async def use(engine: EmbeddedEngine) -> None:
+        said = []
+        for version, policy in enumerate(policies):
+            await engine.load(published(policy), version)
+            said.append(await engine.generate(prompt, sampling(8)))
+            check(policy, prompt, said[-1])
+        merged = [module for module in engine._batch.model.modules() if getattr(module, "merged", False)]
+        assert len(merged) == 7 * qwen3.config.num_hidden_layers
+        assert said[0].logprobs.tolist() == said[2].logprobs.tolist()  # nothing of the second is left
+        assert all(torch.equal(value, kept[name]) for name, value in qwen3.state_dict().items())
 
     serve(qwen3, use)
 
