@@ -34,6 +34,7 @@ class Chats:
         """Raises UnsupportedModel for a tokenizer without a chat template, UnknownName for an unknown
         parser."""
         self.parser = parser or detect_parser(template_of(tokenizer))
+        self._format = get_parser(self.parser)
         self._tokenizer, self._history, self._stops = tokenizer, history, stop_token_ids
         self._on_certificate = on_certificate
         self._made: dict[str, Chat] = {}
@@ -48,13 +49,12 @@ class Chats:
         return self._made[key]
 
     def _certified(self, schemas: list[dict[str, Any]]) -> Chat:
-        parser = get_parser(self.parser)
-        certificate = certify(self._tokenizer, schemas, parser=parser, history=self._history)
+        certificate = certify(self._tokenizer, schemas, parser=self._format, history=self._history)
         self._on_certificate(f"{certificate.summary} (tool calls: {self.parser})")
         if not certificate.ok:
             raise UnsupportedModel(_explain(certificate))
         return Chat(
-            self._tokenizer, schemas, parser=parser, history=self._history, stop_token_ids=self._stops
+            self._tokenizer, schemas, parser=self._format, history=self._history, stop_token_ids=self._stops
         )
 
 

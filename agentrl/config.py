@@ -104,7 +104,7 @@ class ModelConfig(_Section):
     path: Text | None = None  # a folder, or an id on the Hugging Face hub
     tiny: TinyConfig | None = None  # {}: a tiny model of the default size
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as the checkpoint says
-    parser: Text | None = None  # tool-call format; null: the one of the chat template
+    parser: Text | None = None  # tool-call format, such as hermes; null: the one of the chat template
     history: Literal["append", "template"] = (
         "append"  # template: re-render at user turns, begin a new sample there
     )

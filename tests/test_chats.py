@@ -65,4 +65,11 @@ def test_what_no_chat_can_be_made_of_is_refused_at_once(tokenizer: Any) -> None:
     with pytest.raises(UnsupportedModel, match="no chat template"):
         Chats(bare)
     with pytest.raises(UnknownName, match="hermez"):
-        Chats(tokenizer, parser="hermez")(Talk())
+        Chats(tokenizer, parser="hermez")
+
+
+@pytest.mark.parametrize(("parser", "printed"), [(None, "hermes"), ("mistral", "mistral")])
+def test_the_parser_can_be_named_and_is_printed(tokenizer: Any, parser: str | None, printed: str) -> None:
+    notes: list[str] = []
+    Chats(tokenizer, parser=parser, on_certificate=notes.append)(Talk())
+    assert notes[0].endswith(f"(tool calls: {printed})")

@@ -10,16 +10,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from agentrl.errors import UnknownName, UnsupportedModel, did_you_mean
 from agentrl.types import CallStatus
 
 __all__ = ["Parsed", "ParsedCall", "Parser", "detect_parser", "get_parser"]
 
-# Hermes announces or renders a call as <tool_call>{"name": ...; other families put tags or a bare name after
-# it.
-_HERMES = re.compile(r"""<tool_call>(?:\\n|[\s{])*\\?["']name""")
+# What the templates of each family contain, the surest first.
+_TEMPLATES: Final[Mapping[str, re.Pattern[str]]] = {
+    "deepseek_v3": re.compile("<｜tool▁call▁begin｜>"),
+    "mistral": re.compile(r"\[TOOL_CALLS\]"),
+    "qwen3_xml": re.compile(r"<tool_call>.{0,40}?<function=.*?<parameter=", re.DOTALL),
+    # Hermes announces or renders a call as <tool_call>{"name": ...; another family puts tags after it.
+    "hermes": re.compile(r"""<tool_call>(?:\\n|[\s{])*\\?["']name"""),
+    "llama3_json": re.compile(r"""\{\\?"name\\?": .*?\\?"parameters\\?": """, re.DOTALL),
+    "pythonic": re.compile(r"""\[func_name1\(|\.name\s*[+~]\s*["']\("""),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +63,22 @@ class Parser(Protocol):
 
 def get_parser(name: str) -> Parser:
     """The parser called ``name``. Raises UnknownName."""
+    from agentrl.parsers.deepseek_v3 import DeepSeekV3Parser
     from agentrl.parsers.hermes import HermesParser
+    from agentrl.parsers.llama3_json import Llama3JsonParser
+    from agentrl.parsers.mistral import MistralParser
+    from agentrl.parsers.pythonic import PythonicParser
+    from agentrl.parsers.qwen3_xml import Qwen3XmlParser
 
-    parsers: dict[str, type[Parser]] = {"hermes": HermesParser}
+    parsers: dict[str, type[Parser]] = {
+        "deepseek_v3": DeepSeekV3Parser,
+        "hermes": HermesParser,
+        "llama3_json": Llama3JsonParser,
+        "mistral": MistralParser,
+        "pythonic": PythonicParser,
+        "qwen3_coder": Qwen3XmlParser,
+        "qwen3_xml": Qwen3XmlParser,
+    }
     if name not in parsers:
         known = ", ".join(sorted(parsers))
         raise UnknownName(
@@ -74,10 +94,13 @@ def detect_parser(chat_template: str) -> str:
     A template that knows no tools gets "hermes": nothing it says is a call. Raises UnsupportedModel for a
     template whose calls no parser here reads.
     """
-    if _HERMES.search(chat_template) or "tools" not in chat_template:
+    for name, pattern in _TEMPLATES.items():
+        if pattern.search(chat_template):
+            return name
+    if "tools" not in chat_template:
         return "hermes"
     raise UnsupportedModel(
         "the chat template writes tool calls in a format that no parser here reads; "
-        "there is: hermes (<tool_call>{...}</tool_call>). "
-        "Give the tokenizer a chat template of that format, or name the parser where it is one."
+        f"there is: {', '.join(sorted(_TEMPLATES))}. "
+        "Give the tokenizer a chat template of such a format, or name the parser where it is one."
     )

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentrl.errors import UnknownName, UnsupportedModel
-from agentrl.parsers import Parsed, ParsedCall, detect_parser, get_parser
+from agentrl.parsers import Parsed, ParsedCall, get_parser
 
 TOOLS: dict[str, dict[str, Any]] = {"add": {}, "search": {}}
 GOOD = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
@@ -219,32 +218,6 @@ def test_json_of_other_spacing_and_escapes_is_read() -> None:
 def test_without_tools_every_call_is_unknown() -> None:
     (call,) = get_parser("hermes").parse(GOOD, tools={}).calls
     assert (call.status, call.note) == ("unknown_tool", "no tool named 'add'; there are no tools")
-
-
-def test_a_parser_that_is_not_there_is_refused_by_name() -> None:
-    with pytest.raises(UnknownName, match=r"'hermis'; did you mean 'hermes'\?"):
-        get_parser("hermis")
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        '<tool_call>\\n{\\"name\\": <function-name>',
-        "<tool_call>\n{'name'",
-        '<tool_call>{{ {"name": x} }}',
-        "{{ m }}",
-    ],
-)
-def test_the_format_is_found_in_the_template(template: str) -> None:
-    assert detect_parser(template + " tools" * (len(template) > 10)) == "hermes"
-
-
-@pytest.mark.parametrize(
-    "template", ["tools <tool_call>\n<function=name>", "tools [TOOL_CALLS]", "tools <|python_tag|>"]
-)
-def test_a_template_with_another_format_is_refused(template: str) -> None:
-    with pytest.raises(UnsupportedModel, match="no parser here reads"):
-        detect_parser(template)
 
 
 def test_the_recursion_limit_is_as_it_was() -> None:
