@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from agentrl.attention import Branch
 from agentrl.errors import BadConfig
 from agentrl.types import FloatArray, IntArray, Sample
+
+Places = npt.NDArray[np.int64]
 
 __all__ = ["Batch", "make_batches", "split_minibatches", "unpack"]
 
@@ -220,13 +223,10 @@ class _Layout:
 
     def __init__(self, samples: Sequence[Sample], families: Sequence[_Family]) -> None:
         self.token_ids: list[IntArray] = []
-        self.positions: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-        self.sequences: list[int] = []
+        self.positions: list[Places] = []
         self.branches: list[Branch] = []
         self.indices: list[int] = []  # of the samples in packed order
-        self.where: list[
-            np.ndarray[Any, np.dtype[np.int64]]
-        ] = []  # (T,) packed index of each sample's tokens
+        self.where: list[Places] = []  # (T,) packed index of each sample's tokens
         self._end = 0
         begun = [
             (self._add(samples[family.members[0]].token_ids[: family.shared or None], start=0), family)
@@ -244,7 +244,7 @@ class _Layout:
                 self.indices.append(index)
                 self.where.append(np.concatenate([trunk, own]))
 
-    def _add(self, token_ids: IntArray, *, start: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _add(self, token_ids: IntArray, *, start: int) -> Places:
         """Append tokens whose positions begin at ``start``; their packed indices."""
         count = len(token_ids)
         self.token_ids.append(token_ids)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.attempts import THOUGHTS, Attempt, find_attempts, from_arguments, to_parsed
+from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_arguments, to_parsed
 from agentrl.parsers.strict_json import decode
 
 __all__ = ["DeepSeekV3Parser"]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.attempts import THOUGHTS, Attempt, find_attempts, from_object, to_parsed
+from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_object, to_parsed
 from agentrl.parsers.strict_json import decode, skip_space
 
 __all__ = ["HermesParser"]

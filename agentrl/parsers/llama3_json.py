@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.attempts import THOUGHTS, Attempt, find_attempts, from_object, to_parsed
+from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_object, to_parsed
 from agentrl.parsers.strict_json import Extent, decode, find_extent
 from agentrl.types import CallStatus
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.attempts import THOUGHTS, Attempt, find_attempts, from_arguments, from_object, to_parsed
+from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_arguments, from_object, to_parsed
 from agentrl.parsers.strict_json import Extent, decode, find_extent
 from agentrl.types import CallStatus
 

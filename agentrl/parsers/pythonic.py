@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.attempts import THOUGHTS, Attempt, find_attempts, to_parsed
 from agentrl.parsers.literals import Literals, Malformed, Unclosed
+from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, to_parsed
 from agentrl.types import CallStatus
 
 __all__ = ["PythonicParser"]

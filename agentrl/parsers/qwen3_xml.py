@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.attempts import THOUGHTS, Attempt, find_attempts, to_parsed
+from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, to_parsed
 from agentrl.parsers.strict_json import decode, skip_space
 from agentrl.types import CallStatus
 
