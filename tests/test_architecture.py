@@ -216,10 +216,14 @@ def test_importing_is_light(module: str) -> None:
     assert _fresh_python(code) == ""
 
 
-def test_importing_takes_less_than_half_a_second() -> None:
-    # Processor time: the clock on the wall measures what else runs on this machine, too.
-    code = "import time; start = time.process_time(); import agentrl; print(time.process_time() - start)"
-    assert float(_fresh_python(code)) < 0.5
+def test_help_is_printed_by_what_was_imported_lightly() -> None:
+    code = (
+        "import sys; from agentrl.cli import app; app(['--help'], standalone_mode=False); "
+        f"print(*sorted({set(_HEAVY)!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert "train" in done.stdout
 
 
 def test_the_facades_names_stay_functions_when_their_modules_are_imported() -> None:

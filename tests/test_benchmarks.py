@@ -26,7 +26,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-@pytest.mark.parametrize("script", ["grpo_step", "env_overhead", "verify"])
+@pytest.mark.parametrize("script", ["grpo_step", "env_overhead", "startup", "verify"])
 def test_a_benchmark_says_how_it_is_run(script: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         load(script).main(["--help"])
@@ -41,10 +41,18 @@ def test_env_overhead_writes_a_row_for_each_way_to_step(
     path = tmp_path / "rows.json"
     load("env_overhead").main(["--quick", "--no-peer", "--json", str(path)])
     rows = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["aim"] for row in rows] == [100, None, None, 1000]
+    assert [row["aim"] for row in rows] == [100, None, 100, None, 1000]
     assert all(set(row) == {"name", "microseconds", "aim"} and row["microseconds"] > 0 for row in rows)
     said = capsys.readouterr().out
     assert all(row["name"] in said for row in rows)
+
+
+def test_startup_writes_a_row_for_each_start(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    load("startup").main(["--quick", "--no-peer", "--json", str(path)])
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["aim"] for row in rows] == [0.5, 1.0, None, None]
+    assert all(set(row) == {"name", "seconds", "aim"} and row["seconds"] > 0 for row in rows)
 
 
 @pytest.mark.slow

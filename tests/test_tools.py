@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import threading
-import time
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -235,11 +234,10 @@ def test_a_hung_synchronous_tool_is_given_up() -> None:
     def hang() -> None:
         release.wait(30)
 
-    start = time.monotonic()
     try:
-        with pytest.raises(ToolError):
+        with pytest.raises(ToolError, match=r"hang took longer than 0\.05 s"):
             run(hang, deadline_s=30)
-        assert time.monotonic() - start < 5
+        assert not release.is_set()  # it hangs still
     finally:
         release.set()
 

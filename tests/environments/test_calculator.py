@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +90,10 @@ def test_no_problem_lies_in_both_splits_however_it_is_worded() -> None:
     assert not seen["train"] & seen["test"]
 
 
-def test_any_task_is_made_at_once() -> None:
-    env = calculator(train_tasks=10**9)
-    start = time.perf_counter()
+def test_any_task_of_a_billion_is_made_without_those_before_it() -> None:
+    env = calculator(train_tasks=10**9)  # a list of them would need hours, and more memory than there is
     env.reset(options={"index": 10**9 - 1})
     env.reset(options={"task_id": "train-999999999"})
-    assert time.perf_counter() - start < 0.1
     assert env.task.id == "train-999999999"
 
 

