@@ -20,10 +20,11 @@ if not (_package / "environments").is_dir():  # a checkout: the catalogues lie b
     __path__.append(str(_package.parent))
 
 from agentrl.checks import check  # noqa: E402  (the catalogues must be importable first)
-from agentrl.env import Env, ToolEnv  # noqa: E402
+from agentrl.env import Env  # noqa: E402
 from agentrl.errors import AgentRLError, ToolError, UserError, WorldError  # noqa: E402
 from agentrl.registry import list_environments, list_rewards, make, make_reward, register  # noqa: E402
 from agentrl.reward import Evidence, Gate, Reward, Rubric, WeightedSum  # noqa: E402
+from agentrl.tool_env import ToolEnv  # noqa: E402
 from agentrl.tools import tool  # noqa: E402
 from agentrl.types import Message, Score, Task, ToolCall  # noqa: E402
 

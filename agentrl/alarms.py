@@ -163,6 +163,24 @@ RULES: tuple[Rule, ...] = (
         "algorithm.max_staleness, and see that both sides have the same weights and temperature",
     ),
     Rule(
+        name="importance weights are uneven",
+        key="mismatch/ess",
+        side="below",
+        limit=0.7,  # of the tokens: weights that scatter by two thirds of their mean
+        steps=3,
+        hint="few tokens do most of the learning; lower algorithm.max_staleness or optimizer.learning_rate, "
+        "and see mismatch/kl",
+    ),
+    Rule(
+        name="stale samples are dropped",
+        key="staleness/dropped",
+        side="above",
+        limit=1,  # steps run no further ahead than is allowed: the engine serves older weights than it got
+        steps=3,
+        hint="what was sampled is thrown away; see that the engine takes new weights while it samples, or "
+        "raise algorithm.max_staleness",
+    ),
+    Rule(
         name="the world fails",
         key="episode/valid",
         side="below",

@@ -103,8 +103,8 @@ async def _measure(
 
 async def _step(trainer: Trainer, step: int) -> dict[str, float]:
     began = time.perf_counter()
-    groups = await trainer.roll_out(step)
-    row = await trainer.learn(step, groups, waited_s=time.perf_counter() - began)
+    rolled = await trainer.roll_out(step)
+    row = await trainer.learn(step, rolled, waited_s=time.perf_counter() - began)
     return row | {"time/step_s": time.perf_counter() - began}
 
 
@@ -139,7 +139,8 @@ def _seconds(report: BenchReport) -> Table:
     def add(stage: str, part: str, seconds: float) -> None:
         table.add_row(stage, part, f"{seconds:.3f}", f"{seconds / whole:.1%}")
 
-    for stage, parts in _STAGES.items():
+    for stage, every in _STAGES.items():
+        parts = [part for part in every if part in row]  # a server does not say what its requests cost
         add(_NAMES[stage], "", row[stage])
         for part in parts:
             add("", _NAMES[part], row[part])
@@ -155,6 +156,8 @@ def _seconds(report: BenchReport) -> Table:
 def _tokens(row: Mapping[str, float]) -> Table:
     table = Table("tokens of a step", "count", "tokens/s")
     for name, seconds in (("prefill", "time/prefill_s"), ("decode", "time/decode_s"), ("reused", "")):
+        if f"rollout/{name}_tokens" not in row:
+            continue
         count = row[f"rollout/{name}_tokens"]
         rate = f"{count / row[seconds]:,.0f}" if seconds and row[seconds] else ""
         table.add_row(name, f"{count:,.0f}", rate)

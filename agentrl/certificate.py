@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Certificate", "CertificateRow", "certify"]
 
 # Without these a model can be trained all the same: it just can't be shown them as gold episodes.
-_OPTIONAL: Final = ("parallel-call", "thinking")
+_OPTIONAL: Final = ("parallel-call", "text-and-call", "thinking")
 _KEPT: Final[Mapping[History, str]] = {
     "append": "kept as sampled",
     "template": "a new sample begins at the next user message",
@@ -55,7 +55,7 @@ class Certificate:
 
     @property
     def summary(self) -> str:
-        """One line: "chat template: 6 of 7 kinds extend; rewritten: thinking (kept as sampled)"."""
+        """One line: "chat template: 7 of 8 kinds extend; rewritten: thinking (kept as sampled)"."""
         kinds: dict[str, list[str]] = {}
         for row in self.rows:
             kinds.setdefault(row.status, []).append(row.kind)
@@ -185,9 +185,10 @@ def _tool_conversations(name: str) -> dict[str, tuple[Message, ...]]:
             asked,
             calling,
             result,
-            Message("assistant", "Once more.", (later,)),
+            Message("assistant", "", (later,)),
             Message("tool", "4", tool_call_id="call_2", name=name),
             answered,
         ),
+        "text-and-call": (asked, Message("assistant", "I look it up.", (call,)), result, answered),
         "parallel-call": (asked, Message("assistant", "Both.", (call, nested)), result, other, answered),
     }

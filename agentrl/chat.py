@@ -3,8 +3,9 @@
 ``open`` gives the first prompt, ``parse`` reads what the engine said, ``extend`` gives the ids to append for
 the next prompt. With ``history="append"`` no id that exists is ever changed, whatever the template would have
 rewritten (old thinking, say); with ``history="template"`` the conversation is rendered anew at every user
-message, and where that does not extend the ids so far, a new prompt begins. ``agentrl.certificate`` says how
-a template behaves.
+message, and where that does not extend the ids so far, a new prompt begins; where the template refuses what
+the model has said, such as two calls at once, the turn is appended. ``agentrl.certificate`` says how a
+template behaves.
 
 Contents can't forge turns. Text inside a message that spells a special token (``<|im_end|>`` in a tool's
 result) is tokenised as the ordinary characters that it is: no id of a special token, nothing of the text
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -126,10 +128,8 @@ class Chat:
         ``messages`` is the conversation so far, the message of ``said`` last; ``new`` comes after it.
         """
         if self.history == "template" and any(message.role == "user" for message in new):
-            whole, seen = self.open([*messages, *new]), np.concatenate([prompt_ids, said])
-            if len(whole) > len(seen) and np.array_equal(whole[: len(seen)], seen):
-                return Extension(whole[len(seen) :], extends=True)
-            return Extension(whole, extends=False)
+            with suppress(UnsupportedModel):
+                return self._rendered_anew([*messages, *new], np.concatenate([prompt_ids, said]))
         suffix = self._suffix(new)  # begins with the end of turn
         ended = len(said) > 0 and int(said[-1]) == self.end_of_turn
         return Extension(suffix[1:] if ended else suffix, extends=True)
@@ -155,6 +155,13 @@ class Chat:
     def encode_conversation(self, messages: Sequence[Message], *, generate: bool) -> IntArray:
         """The ids of a whole conversation rendered at once, (T,): what the certificate compares with."""
         return self._encode(self.render(messages, generate=generate))
+
+    def _rendered_anew(self, messages: Sequence[Message], seen: IntArray) -> Extension:
+        """What follows ``seen`` (S,) where the template writes it so, else the whole prompt."""
+        whole = self.open(messages)
+        if len(whole) > len(seen) and np.array_equal(whole[: len(seen)], seen):
+            return Extension(whole[len(seen) :], extends=True)
+        return Extension(whole, extends=False)
 
     def _suffix(self, new: Sequence[Message]) -> IntArray:
         """The ids from the end of an assistant's turn through ``new`` to the next turn's header.

@@ -31,10 +31,10 @@ class Chats:
         stop_token_ids: tuple[int, ...] = (),  # the model's own, beside the end of a turn
         on_certificate: Callable[[str], None] = lambda summary: None,
     ) -> None:
-        """Raises UnsupportedModel for a tokenizer without a chat template, UnknownName for an unknown
-        parser."""
+        """Raises UnsupportedModel for a tokenizer without a chat template, UnknownName for an unknown parser,
+        MissingExtra for one of vLLM's without it."""
         self.parser = parser or detect_parser(template_of(tokenizer))
-        self._format = get_parser(self.parser)
+        self._format = get_parser(self.parser, tokenizer=tokenizer)
         self._tokenizer, self._history, self._stops = tokenizer, history, stop_token_ids
         self._on_certificate = on_certificate
         self._made: dict[str, Chat] = {}

@@ -1,8 +1,8 @@
 """The command line: train, eval, bench, check, list, show, export, version.
 
-A UserError is one clear line on stderr and exit code 2; Ctrl-C is 130 and SIGTERM 143; a check that
-fell is 1; a bug keeps its traceback. What loads torch is imported by the command that needs it, so ``--help``
-is quick.
+A UserError is one clear line on stderr and exit code 2; a WorldError (a server that can't be reached, say) or
+too many invalid episodes the same and 1, as is a check that fell; Ctrl-C is 130 and SIGTERM 143; a bug keeps
+its traceback. What loads torch is imported by the command that needs it, so ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from agentrl.errors import BadConfig, TooManyInvalid, UserError
+from agentrl.errors import BadConfig, TooManyInvalid, UserError, WorldError
 from agentrl.stop_signal import Interrupted
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ __all__ = ["app", "main"]
 
 
 class _Group(TyperGroup):
-    """Commands whose user errors end as one line."""
+    """Commands whose user errors, and the world's failures, end as one line."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (UserError, TooManyInvalid) as error:
+        except (UserError, TooManyInvalid, WorldError) as error:
             typer.echo(f"{type(error).__name__}: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
         except KeyboardInterrupt as error:
@@ -104,6 +104,10 @@ def evaluate(
     ] = False,
     max_turn_tokens: Annotated[int, typer.Option(min=1, help="Sampled in one turn, at most.")] = 512,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a whole conversation, at most.")] = 2048,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="vllm, or openai with url=...: a key of the section 'engine' each; repeatable."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of tasks and samples.")] = 0,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write the report to this file.")
@@ -115,7 +119,11 @@ def evaluate(
     n = n or (1 if greedy else 8)
     temperature = 0.0 if greedy else 1.0 if temperature is None else temperature
     counts, sampling = _counts(k), _sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k)
-    args = _check_evaluation(env, settings, model=model, split=split, json_path=json_path)
+    from agentrl.configfile import load_engine
+
+    served_by = load_engine(engine or (), max_sequences=64)
+    weights = served_by.kind != "openai"
+    args = _check_evaluation(env, settings, model=model, weights=weights, split=split, json_path=json_path)
     from agentrl.evaluation import evaluate
     from agentrl.log import Display
     from agentrl.show import evaluation_table
@@ -132,6 +140,7 @@ def evaluate(
             seed=seed,
             sampling=sampling,
             context=context,
+            engine=served_by,
             args=args,
             on_episode=bar.advance,
             on_note=display.note,
@@ -249,18 +258,24 @@ def main() -> None:
 
 
 def _check_evaluation(
-    env: str, settings: Sequence[str] | None, *, model: str, split: str, json_path: Path | None
+    env: str,
+    settings: Sequence[str] | None,
+    *,
+    model: str,
+    weights: bool,  # whether the model's are needed here
+    split: str,
+    json_path: Path | None,
 ) -> dict[str, Any]:
     """The environment's arguments, once what can be wrong is known to be right without loading torch."""
     from agentrl.configfile import parse_assignments
-    from agentrl.modelfiles import find_model_files
+    from agentrl.modelfiles import find_model_config, find_model_files
     from agentrl.preflight import check_splits, check_writable
     from agentrl.registry import make
 
     args = parse_assignments(settings or ())
     with closing(make(env, **args)) as made:
         check_splits(made, [split])
-    find_model_files(model)
+    (find_model_files if weights else find_model_config)(model)
     if json_path is not None:
         check_writable(json_path.parent, key="--json")
     return args

@@ -34,6 +34,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+AtLeastOne = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Nucleus = Annotated[float, Field(gt=0, le=1)]
@@ -104,7 +105,7 @@ class ModelConfig(_Section):
     path: Text | None = None  # a folder, or an id on the Hugging Face hub
     tiny: TinyConfig | None = None  # {}: a tiny model of the default size
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen base; auto: as the checkpoint says
-    parser: Text | None = None  # tool-call format, such as hermes; null: the one of the chat template
+    parser: Text | None = None  # tool-call format, hermes or vllm:NAME; null: the one of the chat template
     history: Literal["append", "template"] = (
         "append"  # template: re-render at user turns, begin a new sample there
     )
@@ -176,11 +177,48 @@ class RolloutConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """What samples the tokens."""
+    """What samples the tokens; ``engine: vllm`` is short for ``engine: {kind: vllm}``."""
 
-    kind: Literal["embedded"] = "embedded"  # embedded: torch, in this process
-    max_sequences: Count = 128  # sequences decoded at once
-    deterministic: bool = False  # results independent of timing, bit for bit
+    # torch in this process; vLLM in a process of its own; a server of OpenAI's API, such as `vllm serve`
+    kind: Literal["embedded", "vllm", "openai"] = "embedded"
+    max_sequences: Count = 128  # sequences decoded at once; of a server: requests at once
+    deterministic: bool = False  # embedded: results independent of timing, bit for bit
+    swap: Literal["finish", "continue"] = (
+        "finish"  # vllm: what runs when new weights come keeps the old ones, or goes on with the new ones
+    )
+    args: dict[str, Any] = {}  # vllm: its engine's arguments by their own names, gpu_memory_utilization say
+    url: Text | None = None  # openai: of the API, its version included, http://127.0.0.1:8000/v1 say
+    model: Text | None = None  # openai: the base's name on the server; null: that of model.path
+    dialect: Literal["vllm", "openai"] = "vllm"  # openai: only the fields that OpenAI documents; no training
+    api_key_env: Text | None = None  # openai: environment variable that holds the key; null: it needs none
+    adapter_dir: Text | None = (
+        None  # openai: folder that this process writes adapters to and the server reads
+    )
+    request_retries: CountOrZero = 6  # openai: of a request, after its first attempt
+    backoff_s: Positive = 1.0  # openai: seconds before the first retry, at most; doubles from retry to retry
+
+    @model_validator(mode="before")
+    @classmethod
+    def _takes_its_kind(cls, values: Any) -> Any:
+        return {"kind": values} if isinstance(values, str) else values
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        for kind, names in _ENGINE_FIELDS.items():
+            if kind != self.kind:
+                yield from ((name, f"with kind: {self.kind}") for name in names)
+
+    @model_validator(mode="after")
+    def _knows_its_server(self) -> EngineConfig:
+        if self.kind == "openai" and self.url is None:
+            raise ValueError("url is missing: kind: openai needs it, such as http://127.0.0.1:8000/v1")
+        return self
+
+
+_ENGINE_FIELDS = {  # that one kind has alone
+    "embedded": ("deterministic",),
+    "vllm": ("swap", "args"),
+    "openai": ("url", "model", "dialect", "api_key_env", "adapter_dir", "request_retries", "backoff_s"),
+}
 
 
 class AlgorithmConfig(_Section):
@@ -192,7 +230,18 @@ class AlgorithmConfig(_Section):
     kl: NotNegative = 0.0  # weight of the k2 penalty to the adapter-free base; 0: no reference is computed
     minibatches: Count = 1  # optimizer steps a batch of rollouts
     max_staleness: CountOrZero = 0  # versions that rollouts may run ahead; 0: strictly on-policy
+    # Weight of a token's loss for what sampler and learner differ in: cut at the cap, or 0 outside of floor
+    # and cap. null: none with the embedded engine, which computes what the learner does, else truncate.
+    importance: Literal["none", "truncate", "mask"] | None = None
+    importance_cap: AtLeastOne = 2.0  # largest weight
+    importance_floor: Fraction = 0.5  # mask: smallest weight that is kept
     shuffle_rewards: bool = False  # control experiment: permute rewards among the siblings of each group
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.importance in (None, "none"):
+            yield "importance_cap", "without importance: truncate or mask: set one of them, or"
+        if self.importance != "mask":
+            yield "importance_floor", "without importance: mask: set it, or"
 
 
 class OptimizerConfig(_Section):
@@ -285,13 +334,44 @@ class RunConfig(_Section):
     output: Text = "runs"  # folder that holds the run's folder
 
     @model_validator(mode="after")
+    def _chooses_importance(self) -> RunConfig:
+        """Where nothing is said: on-policy the embedded engine's weights are 1 up to rounding."""
+        if self.algorithm.importance is None:
+            chosen = "none" if self.engine.kind == "embedded" else "truncate"
+            algorithm = self.algorithm.model_copy(update={"importance": chosen})
+            object.__setattr__(self, "algorithm", algorithm)
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> RunConfig:
+        engine = self.engine
+        if engine.kind != "embedded" and self.lora.train_norms:
+            reason = f"with engine.kind: {engine.kind}, which serves LoRA's matrices and no norms"
+            raise ValueError(f"lora.train_norms is true; it must be false {reason}")
+        if engine.kind != "openai":
+            return self
+        if engine.dialect != "vllm":
+            reason = "other servers don't say which tokens they sampled"
+            raise ValueError(f"engine.dialect is {engine.dialect!r}; training needs vllm: {reason}")
+        if engine.adapter_dir is None:
+            raise ValueError("engine.adapter_dir is missing: training hands adapters to the server there")
+        if self.warm_start is not None or self.model.tiny is not None:
+            made = "model.tiny" if self.warm_start is None else "warm_start"
+            reason = "makes a base that the server does not have; make it first, serve it and name its folder"
+            raise ValueError(f"{made} can't be used with engine.kind: openai: it {reason}")
+        return self
+
+    @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:
         rollout, algorithm = self.rollout, self.algorithm
         episodes = rollout.tasks_per_step * rollout.group_size
         warmup_steps = self.optimizer.warmup_steps
-        if algorithm.max_staleness:
-            reason = "the embedded engine shares this process with the learner and is strictly on-policy"
-            raise ValueError(f"algorithm.max_staleness is {algorithm.max_staleness}; it must be 0: {reason}")
+        if algorithm.max_staleness and self.engine.kind == "embedded":
+            reason = "which shares this process with the learner and is strictly on-policy"
+            raise ValueError(
+                f"algorithm.max_staleness is {algorithm.max_staleness}; it must be 0 with engine.kind: "
+                f"embedded, {reason}; set engine.kind to vllm or openai, or remove it"
+            )
         longest, budget = rollout.max_episode_tokens, self.batch.tokens_per_microbatch
         if budget < longest:
             allowed = (

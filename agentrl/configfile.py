@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from agentrl.config import RunConfig
+from agentrl.config import EngineConfig, RunConfig
 from agentrl.errors import BadConfig, UnknownName, did_you_mean
 from agentrl.registry import list_environments
 
-__all__ = ["load_config", "packaged_configs", "parse_assignments", "resolve_target"]
+__all__ = ["load_config", "load_engine", "packaged_configs", "parse_assignments", "resolve_target"]
 
 Target = tuple[Literal["config"], Path] | tuple[Literal["environment"], str]
 
@@ -65,6 +65,22 @@ def load_config(
     except ValidationError as error:
         faults = dict.fromkeys(_faults(error))
         raise BadConfig("\n".join(f"{where}: {fault}" for fault in faults)) from None
+
+
+def load_engine(assignments: Sequence[str], *, max_sequences: int) -> EngineConfig:
+    """The ``engine`` section that ``key=value`` assignments make, each without the section's name; a word
+    without a ``=`` is the kind.
+
+    Raises BadConfig.
+    """
+    values: dict[str, Any] = {"engine": {"max_sequences": max_sequences}}
+    for key, value in parse_assignments(a if "=" in a else f"kind={a}" for a in assignments).items():
+        _assign(values, f"engine.{key}", value)
+    try:
+        return EngineConfig.model_validate(values["engine"])
+    except ValidationError as error:
+        faults = dict.fromkeys(_faults(error, ("engine",)))
+        raise BadConfig("\n".join(f"--engine: {fault}" for fault in faults)) from None
 
 
 def resolve_target(text: str) -> Target:
@@ -169,12 +185,14 @@ def _parse(text: str, *, where: str) -> Any:
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted ``key``; None takes the default, but stands for itself in environment.args."""
+    """Set the dotted ``key``; None takes the default, but stands for itself among the args of a section."""
     *parents, last = key.split(".")
-    takes_default = value is None and parents[:2] != ["environment", "args"]
+    takes_default = value is None and parents[:2] not in (["environment", "args"], ["engine", "args"])
     section = values
     for depth, name in enumerate(parents):
         child = section.get(name)
+        if depth == 0 and name == "engine" and isinstance(child, str):
+            child = section[name] = {"kind": child}  # as EngineConfig reads it
         if child is not None and not isinstance(child, dict):
             above = ".".join(parents[: depth + 1])
             raise BadConfig(f"{key} can't be set: {above} is {child!r}, which has no keys of its own")
@@ -189,17 +207,17 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
         section[last] = value
 
 
-def _faults(error: ValidationError) -> Iterator[str]:
-    """One line a fault: the dotted key, the value, what is allowed."""
+def _faults(error: ValidationError, section: tuple[str, ...] = ()) -> Iterator[str]:
+    """One line a fault: the dotted key, the value, what is allowed; of ``section`` where it stands alone."""
     allowed: dict[str, list[str]] = {}  # by key and value: a union reports each of its members
     for fault in error.errors(include_url=False):
-        place = _place(fault["loc"])
+        place = _place((*section, *fault["loc"]))
         key = ".".join(place)
         if fault["type"] == "extra_forbidden":
             yield f"unknown key {key}{_meant(place)}"
         elif fault["type"] == "value_error":
             yield f"{key}{'.' if key else ''}{fault['ctx']['error']}"
-        elif fault["type"] == "missing" and len(place) == len(fault["loc"]):
+        elif fault["type"] == "missing" and len(place) == len(section) + len(fault["loc"]):
             yield f"{key} is missing: {_missing_hint(key)}"
         else:
             allowed.setdefault(f"{key} is {fault['input']!r}", []).append(_allowed(place, fault["msg"]))

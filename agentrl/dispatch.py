@@ -1,8 +1,8 @@
-"""The tools of an environment class, and the answers to the tool calls of one message.
+"""The tools of an environment class, the status of each call of one message, and the answers to the calls.
 
-Every call is answered exactly once, in the order of the calls, whatever is wrong with it: what the model did
-wrong becomes a text that it can read, and is counted. WorldErrors and bugs leave, and end the other calls of
-the message.
+``check_calls`` says which calls can be run; those that can't are the bad ones. Every call is answered exactly
+once, in the order of the calls, whatever is wrong with it: what the model did wrong becomes a text that it
+can read, and is counted. WorldErrors and bugs leave, and end the other calls of the message.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, did_you_mean
@@ -17,16 +18,25 @@ from agentrl.faults import count_call
 from agentrl.tools import Tool, as_text, as_tool, is_tool
 from agentrl.types import Message, ToolCall
 
-__all__ = ["answer_calls", "collect_tools"]
+__all__ = ["CheckedCall", "answer_calls", "check_calls", "collect_tools"]
 
 _BAD_CALLS: Mapping[str, str] = {
-    "invalid_json": "the tool call is no valid JSON",
-    "not_object": "the tool call is no JSON object with a name and arguments",
+    "invalid_json": "the tool call is malformed",
+    "not_object": "the tool call does not give a tool's name and arguments",
     "unclosed": "the tool call was not closed",
     "schema_error": "the arguments of the tool call do not fit",
 }
 _NAME_CHARS = 100  # of the name of an unknown tool that are compared and repeated: a name can be megabytes
 _CANCEL_S = 1.0  # for cancelled calls to end; a coroutine that refuses to keeps nobody
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedCall:
+    """A call beside the tool that it means."""
+
+    call: ToolCall  # with the status that it has here; a bad one's note says why
+    tool: Tool | None = None  # None: the call is bad
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # as the tool's function takes them
 
 
 def collect_tools(cls: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
@@ -53,14 +63,17 @@ def collect_tools(cls: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
     return tuple(methods), tuple(functions)
 
 
-async def answer_calls(
-    calls: Sequence[ToolCall], tools: Sequence[Tool], *, deadline_s: float, most_chars: int
-) -> list[Message]:
+def check_calls(calls: Sequence[ToolCall], tools: Sequence[Tool]) -> list[CheckedCall]:
+    """Each call with its tool and its arguments, as far as it can be run."""
+    return [_check(call, tools) for call in calls]
+
+
+async def answer_calls(calls: Sequence[CheckedCall], *, deadline_s: float, most_chars: int) -> list[Message]:
     """One tool message for each call, the calls run at the same time.
 
     ``deadline_s`` holds for tools without one of their own; results are cut to ``most_chars``.
     """
-    running = [asyncio.ensure_future(_answer(call, tools, deadline_s, most_chars)) for call in calls]
+    running = [asyncio.ensure_future(_answer(call, deadline_s, most_chars)) for call in calls]
     try:
         return await asyncio.gather(*running)
     except BaseException:  # nothing of a failed step goes on behind its back
@@ -70,10 +83,31 @@ async def answer_calls(
         raise
 
 
-async def _answer(call: ToolCall, tools: Sequence[Tool], deadline_s: float, most_chars: int) -> Message:
+def _check(call: ToolCall, tools: Sequence[Tool]) -> CheckedCall:
+    if call.status in _BAD_CALLS:
+        return CheckedCall(replace(call, note=call.note or _BAD_CALLS[call.status]))
+    tool = next((tool for tool in tools if tool.name == call.name), None)
+    if tool is None:
+        return CheckedCall(replace(call, status="unknown_tool", note=_unknown(call.name, tools)))
     try:
-        tool = _find(call, tools)
-        result = await tool.run(tool.parse(call), deadline_s=deadline_s)
+        return CheckedCall(replace(call, status="ok", note=""), tool, tool.parse(call))
+    except BadArguments as error:
+        return CheckedCall(replace(call, status="schema_error", note=str(error)))
+
+
+def _unknown(name: str, tools: Sequence[Tool]) -> str:
+    names = [tool.name for tool in tools]
+    meant = name[:_NAME_CHARS]
+    known = f"the tools are {', '.join(names)}" if names else "there are no tools"
+    return f"no tool named {meant!r}{did_you_mean(meant, names)}; {known}"
+
+
+async def _answer(checked: CheckedCall, deadline_s: float, most_chars: int) -> Message:
+    call = checked.call
+    try:
+        if checked.tool is None:
+            raise BadArguments(call.note)
+        result = await checked.tool.run(checked.arguments, deadline_s=deadline_s)
         text, left_out = as_text(result, most_chars=most_chars)
         if left_out:
             count_call("cut")
@@ -85,19 +119,6 @@ async def _answer(call: ToolCall, tools: Sequence[Tool], deadline_s: float, most
         error.add_note(f"in the tool {call.name!r}, called with {_shown(call.arguments)}")
         raise
     return Message("tool", text, tool_call_id=call.id, name=call.name or None)
-
-
-def _find(call: ToolCall, tools: Sequence[Tool]) -> Tool:
-    """The tool that is meant. Raises BadArguments for a call that can't be run."""
-    if call.status in _BAD_CALLS:
-        raise BadArguments(call.note or _BAD_CALLS[call.status])
-    for tool in tools:
-        if tool.name == call.name:
-            return tool
-    names = [tool.name for tool in tools]
-    meant = call.name[:_NAME_CHARS]
-    known = f"the tools are {', '.join(names)}" if names else "there are no tools"
-    raise BadArguments(f"no tool named {meant!r}{did_you_mean(meant, names)}; {known}")
 
 
 def _shown(arguments: Mapping[str, Any] | None) -> str:

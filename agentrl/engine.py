@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from agentrl.types import Completion, FloatArray, IntArray
 
-__all__ = ["Adapter", "Engine", "Sampling"]
+__all__ = ["Adapter", "Engine", "Measured", "Sampling"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,4 +70,14 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Release memory, threads and processes; idempotent."""
+        ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An engine that knows what its requests cost."""
+
+    def take_figures(self) -> dict[str, float]:
+        """Seconds and tokens since the last call, under their metrics' names: amounts, which add up, also
+        while requests are in flight."""
         ...

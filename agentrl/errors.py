@@ -12,6 +12,7 @@
     |-- ToolError                the model's fault, raised by a tool on purpose, for the model to read
     |   `-- ToolLate             given up at its deadline
     |-- TooManyInvalid           the world failed more of a step's episodes than a run puts up with
+    |-- WrongWeights             the engine serves other weights than it was given: ends the run
     `-- WorldError               the world's fault: sandbox, engine or data gone; retried, then invalid
         |-- EngineError          at the engine's boundary
         `-- WorkerLost           a worker process died or could not start
@@ -41,6 +42,7 @@ __all__ = [
     "UserError",
     "WorkerLost",
     "WorldError",
+    "WrongWeights",
     "did_you_mean",
 ]
 
@@ -91,6 +93,10 @@ class ToolLate(ToolError):
 
 class TooManyInvalid(AgentRLError):
     """The world failed more of a step's episodes than a run puts up with; names the commonest cause."""
+
+
+class WrongWeights(AgentRLError):
+    """The engine serves other weights than it was given; whatever it samples would be trained on wrongly."""
 
 
 class WorldError(AgentRLError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,15 +17,22 @@ import numpy as np
 
 from agentrl.chats import Chats
 from agentrl.checkpoint import read_adapter
-from agentrl.config import RolloutConfig
-from agentrl.engine import Sampling
-from agentrl.engines.embedded import EmbeddedEngine
+from agentrl.config import EngineConfig, RolloutConfig
+from agentrl.engine import Adapter, Engine, Sampling
 from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData
-from agentrl.models import context_length, default_device, load_model, load_tokenizer, stop_token_ids
+from agentrl.models import (
+    context_length,
+    default_device,
+    load_model,
+    load_settings,
+    load_tokenizer,
+    stop_token_ids,
+)
 from agentrl.registry import make
 from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.seeds import derive
+from agentrl.serving import Served, open_engine
 from agentrl.statistics import Estimate, PassReport, TaskCount, paired, pass_at_k, report_pass
 from agentrl.threads import in_compute_thread, run_sync
 from agentrl.types import Group
@@ -177,13 +184,16 @@ def evaluate(
     seed: int = 0,
     sampling: Sampling | None = None,  # max_tokens of a turn, temperature, top_p, top_k; its seed is not used
     context: int = 2048,  # tokens of a whole conversation; at most the model's
-    max_sequences: int = 64,
+    engine: EngineConfig = EngineConfig(max_sequences=64),  # noqa: B008  frozen
     success: float = 1.0,  # the return from which an episode passes
     args: Mapping[str, Any] | None = None,  # keyword arguments of the environment
     on_episode: Callable[[], None] = lambda: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Evaluation:
     """Measure pass@k of ``model`` (a folder or hub id) on ``environment``; blocks until done.
+
+    ``engine`` is what a run's ``engine`` section may be: of a model that a server has, only the tokenizer,
+    the chat template and the configs are read from ``model``.
 
     Every episode has an environment of its own; of an instance, which is left as it is, that is a copy. Works
     under a running event loop, too. Raises UserError for what can't be loaded or does not fit together.
@@ -195,31 +205,63 @@ def evaluate(
     make_env = _factory(environment, dict(args or {}))
     available = tasks_available(make_env(), split, wanted=tasks)
     plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
+    loaded, known = _load(model, engine)
+    tokenizer = load_tokenizer(model)
+    chats = Chats(tokenizer, stop_token_ids=stop_token_ids(known), on_certificate=on_note)
+    context = min(context, context_length(known))
+    limits = RolloutConfig(max_turn_tokens=min(sampling.max_tokens, context), max_episode_tokens=context)
+    loras = None if adapter is None else read_adapter(adapter)
+    served = Served(
+        base=model,
+        model=loaded,
+        tokenizer=tokenizer,
+        limits=limits,
+        max_lora_rank=None if loras is None else int(loras.config["r"]),
+        training=False,
+        seed=seed,
+    )
+
+    async def run(serving: Engine) -> Evaluation:
+        rollouts = Rollouts(
+            make_env,
+            chat=chats,
+            engine=serving,
+            limits=limits,
+            in_flight=engine.max_sequences,
+            deterministic=engine.deterministic,
+        )
+        return await run_evaluation(
+            rollouts, plans, sampling=sampling, k=ks, success=success, on_episode=on_episode
+        )
+
+    return run_sync(_with_engine(engine, served, loras, run, on_note=on_note))
+
+
+async def _with_engine(
+    settings: EngineConfig,
+    served: Served,
+    adapter: Adapter | None,
+    run: Callable[[Engine], Awaitable[Evaluation]],
+    *,
+    on_note: Callable[[str], None],
+) -> Evaluation:
+    """What ``run`` returns with an engine that serves ``adapter`` and is closed afterwards."""
+    engine = await open_engine(settings, served, on_note=on_note)
+    try:
+        if adapter is not None:
+            await engine.load(adapter, 0)
+        return await run(engine)
+    finally:
+        await engine.close()
+
+
+def _load(model: str | Path, engine: EngineConfig) -> tuple[Any | None, Any]:
+    """The model where ``engine`` serves it from this process, and what has its config in any case."""
+    if engine.kind != "embedded":
+        return None, load_settings(model)
     # In the thread that will compute: a second one with a team of its own would halve the speed of both.
     loaded = run_sync(in_compute_thread(load_model, model, device=default_device()))
-    chats = Chats(load_tokenizer(model), stop_token_ids=stop_token_ids(loaded), on_certificate=on_note)
-    context = min(context, context_length(loaded))
-    limits = RolloutConfig(max_turn_tokens=min(sampling.max_tokens, context), max_episode_tokens=context)
-
-    async def run() -> Evaluation:
-        engine = EmbeddedEngine(loaded, max_sequences=max_sequences)
-        try:
-            if adapter is not None:
-                await engine.load(read_adapter(adapter), 0)
-            rollouts = Rollouts(
-                make_env,
-                chat=chats,
-                engine=engine,
-                limits=limits,
-                in_flight=max_sequences,
-            )
-            return await run_evaluation(
-                rollouts, plans, sampling=sampling, k=ks, success=success, on_episode=on_episode
-            )
-        finally:
-            await engine.close()
-
-    return run_sync(run())
+    return loaded, loaded
 
 
 def _factory(

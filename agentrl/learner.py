@@ -23,7 +23,16 @@ from agentrl.batches import Batch, make_batches, split_minibatches, unpack
 from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
 from agentrl.engine import Adapter
 from agentrl.errors import AgentRLError, BadConfig
-from agentrl.losses import ClipRange, k3, kl_penalty, policy_loss, token_logprobs
+from agentrl.losses import (
+    ClipRange,
+    Importance,
+    effective_share,
+    importance_weights,
+    k3,
+    kl_penalty,
+    policy_loss,
+    token_logprobs,
+)
 from agentrl.models import backbone, scoring_head
 from agentrl.seeds import derive
 from agentrl.stopwatch import Stopwatch
@@ -174,16 +183,42 @@ class Learner:
         self.policy = adapt(model, lora, seed=seed)
         self._algorithm = algorithm
         self._clip = ClipRange(algorithm.clip_low, algorithm.clip_high)
+        self._importance = Importance(
+            algorithm.importance or "none", cap=algorithm.importance_cap, floor=algorithm.importance_floor
+        )
         self.optimization = Optimization(model, optimizer=optimizer, batch=batch, steps=steps)
 
     def score_reference(self, samples: Sequence[Sample], *, temperature: float) -> list[Sample]:
         """The samples with ``reference``: logprobs under the base without its adapter."""
-        with self.policy.disable_adapter():
-            scored = self.optimization.score(samples, temperature=temperature)
+        scored = self.score_as(None, samples, temperature=temperature)
         return [
             dataclasses.replace(sample, reference=value)
             for sample, value in zip(samples, scored, strict=True)
         ]
+
+    def score_as(
+        self,
+        adapter: Adapter | None,  # of this learner, at any version; None: the bare base
+        samples: Sequence[Sample],
+        *,
+        temperature: float,
+    ) -> list[FloatArray]:
+        """Logprobs (T,) in nats of each sample's trained tokens under ``adapter``, 0 elsewhere.
+
+        The learner's own weights are afterwards what they were, bit for bit.
+        """
+        if adapter is None:
+            with self.policy.disable_adapter():
+                return self.optimization.score(samples, temperature=temperature)
+        from peft import set_peft_model_state_dict
+
+        own = [parameter.detach().clone() for parameter in self.optimization.parameters]
+        try:
+            set_peft_model_state_dict(self.policy, dict(adapter.tensors))
+            return self.optimization.score(samples, temperature=temperature)
+        finally:
+            for parameter, value in zip(self.optimization.parameters, own, strict=True):
+                parameter.data.copy_(value)
 
     def update(
         self,
@@ -196,8 +231,9 @@ class Learner:
         """One pass over ``samples`` in ``algorithm.minibatches`` optimizer steps.
 
         A sample without an advantage anywhere has no gradient and is not computed (unless the KL penalty
-        gives it one), but its tokens count in the loss's normaliser. Metrics are means over the tokens that
-        were computed; none and no step where no sample was.
+        gives it one), but its tokens count in the loss's normaliser. Ratios and the KL penalty compare the
+        learner with itself; the sampler's logprobs enter through the importance weights alone. Metrics are
+        means over the tokens that were computed; none and no step where no sample was.
         """
         if self._algorithm.kl:
             samples = self.score_reference(samples, temperature=temperature)
@@ -208,7 +244,9 @@ class Learner:
         parts[1:] = [(self._with_old(kept, temperature=temperature), tokens) for kept, tokens in parts[1:]]
         rows: list[Metrics] = []
         for index, (kept, tokens) in enumerate(parts):
-            loss = _PolicyLoss(clip=self._clip, kl=self._algorithm.kl, trained_tokens=tokens)
+            loss = _PolicyLoss(
+                clip=self._clip, importance=self._importance, kl=self._algorithm.kl, trained_tokens=tokens
+            )
             dropout = derive(seed, "dropout", index)
             rows.append(self.optimization.step(kept, loss, step=step, seed=dropout, temperature=temperature))
             rows[-1]["mismatch/max"] = loss.largest_mismatch
@@ -264,16 +302,24 @@ class Learner:
 class _PolicyLoss:
     """The loss of one optimizer step, called once for each of its microbatches."""
 
-    def __init__(self, *, clip: ClipRange, kl: float, trained_tokens: int) -> None:
-        self._clip, self._kl, self._trained_tokens = clip, kl, trained_tokens
+    def __init__(self, *, clip: ClipRange, importance: Importance, kl: float, trained_tokens: int) -> None:
+        self._clip, self._importance, self._kl = clip, importance, kl
+        self._trained_tokens = trained_tokens
         self.largest_mismatch = 0.0  # nats
 
     def __call__(self, batch: Batch, new: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.advantages is not None
         old = new.detach() if batch.old is None else batch.old
         everywhere = torch.ones_like(batch.trained, dtype=torch.bool)
+        weights, figures = importance_weights(old, batch.logprobs, everywhere, importance=self._importance)
         loss, metrics = policy_loss(
-            new, old, batch.advantages, everywhere, trained_tokens=self._trained_tokens, clip=self._clip
+            new,
+            old,
+            batch.advantages,
+            everywhere,
+            trained_tokens=self._trained_tokens,
+            clip=self._clip,
+            weights=weights,
         )
         if batch.reference is not None:
             penalty, extra = kl_penalty(new, batch.reference, everywhere, trained_tokens=self._trained_tokens)
@@ -281,6 +327,7 @@ class _PolicyLoss:
         difference = old - batch.logprobs
         if len(difference):
             self.largest_mismatch = max(self.largest_mismatch, difference.abs().max().item())
+        metrics |= figures
         metrics["mismatch/mean"] = difference.abs().sum()
         metrics["mismatch/kl"] = k3(batch.logprobs, old).sum()
         return loss, metrics
@@ -342,8 +389,8 @@ def learning_rate_factor(optimizer: OptimizerConfig, step: int, steps: int) -> f
 
 
 def _mean_over_tokens(rows: Sequence[Metrics], trained_tokens: int) -> Metrics:
-    """Sums over tokens become means; optimizer figures are averaged over the steps, the largest mismatch
-    kept."""
+    """Sums over tokens become means, those of the importance weights their effective share; optimizer figures
+    are averaged over the steps, the largest mismatch kept."""
     merged: Metrics = {}
     for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
@@ -353,6 +400,9 @@ def _mean_over_tokens(rows: Sequence[Metrics], trained_tokens: int) -> Metrics:
             merged[name] = float(np.mean(values))
         else:
             merged[name] = math.fsum(values) / trained_tokens
+    if merged:
+        weight, squared = merged.pop("mismatch/weight"), merged.pop("mismatch/weight_squared")
+        merged["mismatch/ess"] = effective_share(weight, squared)
     return merged
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,19 @@ from torch.utils.checkpoint import checkpoint
 
 from agentrl.softmax import frozen_head_logprobs
 
-__all__ = ["ClipRange", "k1", "k2", "k3", "kl_penalty", "nll_loss", "policy_loss", "token_logprobs"]
+__all__ = [
+    "ClipRange",
+    "Importance",
+    "effective_share",
+    "importance_weights",
+    "k1",
+    "k2",
+    "k3",
+    "kl_penalty",
+    "nll_loss",
+    "policy_loss",
+    "token_logprobs",
+]
 
 Head = Callable[[Tensor], Tensor]  # hidden rows (R, D) -> logits (R, V), before the temperature
 Metrics = dict[str, Tensor]  # name -> sum over tokens, ()
@@ -37,6 +50,23 @@ class ClipRange:
             raise ValueError(f"the clip range's low is {self.low}; it must be in [0, 1]: ratios are positive")
         if not self.high >= 0:
             raise ValueError(f"the clip range's high is {self.high}; it must be 0 or above")
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """How the loss is corrected for tokens that were sampled from another distribution than the
+    learner's."""
+
+    mode: Literal["none", "truncate", "mask"]  # none: not at all
+    cap: float  # truncate: the largest weight; mask: the largest that is kept
+    floor: float  # mask: the smallest weight that is kept
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1 <= self.cap:
+            raise ValueError(
+                f"the importance weights' floor is {self.floor} and their cap {self.cap}; 1, the weight of a "
+                "token on which both sides agree, must lie between them"
+            )
 
 
 def token_logprobs(
@@ -83,18 +113,22 @@ def policy_loss(
     *,
     trained_tokens: int,  # of the whole optimizer step
     clip: ClipRange,
+    weights: Tensor | None = None,  # (T,) of each token's loss, without a gradient; None: 1
 ) -> tuple[Tensor, Metrics]:
     """The clipped surrogate of PPO (arXiv 1707.06347), its range in two parts as in DAPO (2503.14476).
 
-    Metrics: ``loss/policy``, ``loss/ratio_mean``, ``loss/clip_fraction`` (tokens whose gradient the clip
-    stops), ``loss/clip_low_fraction`` and ``loss/clip_high_fraction`` (its two sides), ``loss/policy_kl`` (k3
-    of KL(old || new)).
+    A token of weight 0 has no gradient and counts in the normaliser all the same. Metrics: ``loss/policy``
+    (weighted), ``loss/ratio_mean``, ``loss/clip_fraction`` (tokens whose gradient the clip stops),
+    ``loss/clip_low_fraction`` and ``loss/clip_high_fraction`` (its two sides), ``loss/policy_kl`` (k3 of
+    KL(old || new)).
     """
     # Masked before exp: an infinite ratio outside the mask would turn the zero gradient there into NaN.
     log_ratio = torch.where(mask, new - old, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip.low, 1 + clip.high)
     per_token = -torch.minimum(ratio * advantages, clipped * advantages)
+    if weights is not None:
+        per_token = per_token * torch.where(mask, weights, 0.0)
     loss = _masked_sum(per_token, mask) / _checked(trained_tokens)
     with torch.no_grad():
         low = (ratio < 1 - clip.low) & (advantages < 0)
@@ -108,6 +142,49 @@ def policy_loss(
             "loss/policy_kl": k3(old, new),
         }
         return loss, {name: _masked_sum(values, mask) for name, values in sums.items()}
+
+
+@torch.no_grad()
+def importance_weights(
+    old: Tensor,  # (T,) nats, the learner's at the start of the optimizer batch
+    sampled: Tensor,  # (T,) nats, the sampler's: log mu
+    mask: Tensor,  # (T,) bool
+    *,
+    importance: Importance,
+) -> tuple[Tensor, Metrics]:
+    """What each token's policy loss is multiplied by, (T,), without a gradient; 1 outside the mask.
+
+    With ``log w = (old - log mu) m``: ``truncate`` is min(w, cap) (truncated importance sampling), ``mask``
+    is w in [floor, cap] and 0 outside (IcePop), ``none`` is 1. A token each: the product over a sequence
+    leaves any range within some hundred tokens. Metrics: ``mismatch/kept`` (tokens whose weight is neither
+    cut nor 0; with ``none`` all), and for :func:`effective_share` ``mismatch/weight`` and
+    ``mismatch/weight_squared``, float64; with ``none`` these two are of w, as what is not corrected must be
+    seen.
+    """
+    weights = torch.where(mask, old - sampled, 0.0).exp()
+    kept, given = torch.ones_like(mask), weights
+    if importance.mode == "truncate":
+        kept, given = weights <= importance.cap, weights.clamp(max=importance.cap)
+    elif importance.mode == "mask":
+        kept = (weights >= importance.floor) & (weights <= importance.cap)
+        given = torch.where(kept, weights, 0.0)
+    exact = given.double()  # its square may leave float32
+    sums = {
+        "mismatch/kept": kept.to(weights.dtype),
+        "mismatch/weight": exact,
+        "mismatch/weight_squared": exact.square(),
+    }
+    metrics = {name: _masked_sum(values, mask) for name, values in sums.items()}
+    return torch.ones_like(weights) if importance.mode == "none" else given, metrics
+
+
+def effective_share(mean: float, mean_square: float) -> float:
+    """The effective sample size ``(sum w)^2 / sum w^2`` as a share of the n tokens, from the means of w and
+    w^2.
+
+    1 where all weights are equal, 1 / n where one outweighs the rest, 0 where every one is 0.
+    """
+    return mean * mean / mean_square if mean_square else 0.0
 
 
 def kl_penalty(

@@ -4,7 +4,8 @@ The plan is a floor, not a forecast: it counts only what is certain, so a run th
 run, and one that is let through may still run out (long conversations, activations, the environment's own).
 
     weights     parameters x bytes of a number; float32 where a warm start trains them all
-    cache       2 x layers x kv_heads x head_dim x bytes, engine.max_sequences rows as long as the opening
+    cache       2 x layers x kv_heads x head_dim x bytes, engine.max_sequences rows as long as the opening;
+                of the embedded engine only, as any other's is another process's
     optimizer   16 bytes a trained number: weight, gradient and AdamW's two moments, all float32
     logits      float32 x vocabulary, for the rows of one chunk (batch.logprob_rows), at most one an episode,
                 where the head is trained; a frozen one's never exist as a whole
@@ -153,6 +154,8 @@ def _head_sizes(shape: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def _cache_bytes(config: RunConfig, shape: Mapping[str, Any], *, width: float, opening_tokens: int) -> float:
+    if config.engine.kind != "embedded":
+        return 0.0  # another process's
     capacity = _FIRST_CAPACITY
     while capacity < opening_tokens:
         capacity *= 2

@@ -11,7 +11,7 @@ from agentrl.advantages import is_informative
 from agentrl.faults import BOUNDARIES, CALL_ENDS
 from agentrl.types import Group, IntArray, Trajectory
 
-__all__ = ["describe_groups", "describe_rollout", "repetition"]
+__all__ = ["describe_groups", "describe_rollout", "describe_staleness", "repetition"]
 
 _NGRAM = 8  # tokens: longer than what separate calls or sums share by chance, shorter than most loops
 _FEWEST_WINDOWS = 16  # of an episode that can repeat itself: "000000" may be an answer
@@ -51,13 +51,26 @@ def _faults(episodes: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def describe_rollout(groups: Sequence[Group], *, seconds: float) -> dict[str, float]:
-    """Where a step's rollouts took ``time/*``, in seconds; ``seconds`` is how long the update waited for
-    them."""
+def describe_staleness(behind: Sequence[int], *, most: int) -> dict[str, float]:
+    """``staleness/*`` of a step's samples: ``behind``, for each, how many versions before the one that is
+    trained its oldest token was sampled; those above ``most`` are dropped."""
+    return {
+        "staleness/mean": float(np.mean(behind)) if behind else 0.0,
+        "staleness/max": float(max(behind, default=0)),
+        "staleness/dropped": float(sum(versions > most for versions in behind)),
+    }
+
+
+def describe_rollout(groups: Sequence[Group], *, waited_s: float, rolled_s: float) -> dict[str, float]:
+    """Where a step's rollouts took ``time/*``, in seconds.
+
+    ``waited_s`` is how long the update waited for them, ``rolled_s`` how long they took, from the beginning
+    of the first episode to the end of the last: more than that where they ran ahead of the update.
+    """
     episodes = [trajectory for group in groups for trajectory in group.trajectories if trajectory.turns]
     described = {
-        "time/rollout_s": seconds,
-        "time/rollout_tokens_per_s": float(_tokens(episodes).sum()) / max(seconds, 1e-9),
+        "time/rollout_s": waited_s,
+        "time/rollout_tokens_per_s": float(_tokens(episodes).sum()) / max(rolled_s, 1e-9),
     }
     if episodes:
         stages = sorted({stage for trajectory in episodes for stage in trajectory.timings})

@@ -17,7 +17,14 @@ from typing import Any
 
 from agentrl.errors import UnsupportedModel, did_you_mean
 
-__all__ = ["ModelFiles", "check_tokenizer_files", "find_model_files", "is_hub_id", "is_offline"]
+__all__ = [
+    "ModelFiles",
+    "check_tokenizer_files",
+    "find_model_config",
+    "find_model_files",
+    "is_hub_id",
+    "is_offline",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")  # one of these, at least
@@ -37,6 +44,19 @@ class ModelFiles:
     stored_bytes: int  # that they take there
 
 
+def find_model_config(path: str | Path) -> Mapping[str, Any] | None:
+    """config.json of the model at ``path``, whose weights need not be there; of a model of several kinds of
+    input, its part for text. None for a hub id that is not in the cache.
+
+    Raises UnsupportedModel for a folder that is missing or no model.
+    """
+    folder = _folder_of(path)
+    if folder is None:
+        _check_hub_answers(path)
+        return None
+    return _config_in(folder)
+
+
 def find_model_files(path: str | Path) -> ModelFiles | None:
     """The files of the model at ``path``; None for a hub id whose weights are not in the cache.
 
@@ -46,8 +66,7 @@ def find_model_files(path: str | Path) -> ModelFiles | None:
     if folder is None:
         _check_hub_answers(path)
         return None
-    _check_is_model(folder)
-    config = _read_json(folder / "config.json")
+    config = _config_in(folder)
     weights = list(_weight_files(folder))
     if not weights and not is_hub_id(path):
         raise UnsupportedModel(f"the model folder {folder} holds no weights (*.safetensors): {_WANTED}")
@@ -57,7 +76,7 @@ def find_model_files(path: str | Path) -> ModelFiles | None:
     sizes = [_measured(file) for file in weights]
     return ModelFiles(
         folder=folder,
-        config=config.get("text_config") or config,
+        config=config,
         parameters=sum(size[0] for size in sizes),
         stored_bytes=sum(size[1] for size in sizes),
     )
@@ -131,9 +150,11 @@ def _folder_of(path: str | Path) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def _check_is_model(folder: Path) -> None:
+def _config_in(folder: Path) -> Mapping[str, Any]:
     if (folder / "config.json").is_file():
-        return
+        config = _read_json(folder / "config.json")
+        text: Mapping[str, Any] = config.get("text_config") or config
+        return text
     if (folder / "adapter_config.json").is_file():
         raise UnsupportedModel(
             f"{folder} is a LoRA adapter, no model: name its base as the model, and this as eval's --adapter"

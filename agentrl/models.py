@@ -11,16 +11,17 @@ import textwrap
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from agentrl.attention import PACKED, Plan, Segments
 from agentrl.errors import UnsupportedModel
-from agentrl.modelfiles import check_tokenizer_files, find_model_files, is_offline
+from agentrl.modelfiles import check_tokenizer_files, find_model_config, find_model_files, is_offline
 
 __all__ = [
     "alias",
@@ -30,6 +31,7 @@ __all__ = [
     "default_device",
     "head",
     "load_model",
+    "load_settings",
     "load_tokenizer",
     "scoring_head",
     "stop_token_ids",
@@ -90,9 +92,9 @@ def load_tokenizer(path: str | Path) -> Any:
             f"no tokenizer could be loaded from {str(path)!r}: {_in_short(error)}; the model's folder must "
             "hold tokenizer.json and tokenizer_config.json"
         ) from error
-    model = find_model_files(path)
-    if model is not None:
-        _check_vocabulary(tokenizer, path, rows=int(model.config.get("vocab_size", 1 << 30)))
+    config = find_model_config(path)
+    if config is not None:
+        _check_vocabulary(tokenizer, path, rows=int(config.get("vocab_size", 1 << 30)))
     return tokenizer
 
 
@@ -117,8 +119,26 @@ def _check_vocabulary(tokenizer: Any, path: str | Path, *, rows: int) -> None:
         )
 
 
+def load_settings(path: str | Path) -> Any:
+    """The ``config`` and ``generation_config`` of the model at ``path`` without its weights, which others
+    serve. Raises UnsupportedModel where its config can't be read."""
+    local = is_offline(path)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{path} has no config that can be read ({_in_short(error)}); give the folder or hub id of the "
+            "model that the server serves: its tokenizer, chat template and config are used"
+        ) from error
+    try:
+        generation = GenerationConfig.from_pretrained(path, local_files_only=local)
+    except OSError:  # it is optional
+        generation = GenerationConfig.from_model_config(config)
+    return SimpleNamespace(config=config, generation_config=generation)
+
+
 def context_length(model: Any) -> int:
-    """How many tokens the model's positions reach."""
+    """How many tokens the positions reach, of a model or what ``load_settings`` gave."""
     config = model.config.get_text_config()
     length = int(getattr(config, "max_position_embeddings", 1 << 30))
     rope = getattr(config, "rope_parameters", None) or {}
@@ -129,7 +149,8 @@ def context_length(model: Any) -> int:
 
 
 def stop_token_ids(model: Any) -> tuple[int, ...]:
-    """The ids with which the model's generation config ends a completion."""
+    """The ids with which the generation config ends a completion, of a model or what ``load_settings``
+    gave."""
     ids = model.generation_config.eos_token_id
     return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agentrl.env import Env, ToolEnv
+from agentrl.env import Env
 from agentrl.errors import ToolError, WorldError
 from agentrl.probes import SEED, Start, Subject, Unsound, play, require
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import Tool
 from agentrl.types import CallStatus, Message, ToolCall
 

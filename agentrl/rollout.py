@@ -5,6 +5,9 @@ the seeds in the plan alone; with ``deterministic`` also the shapes of the engin
 round of generation begins only when every episode in flight waits for one, and requests are handed over in
 the plan's order. An episode whose tool hangs holds a round up until the tool's deadline, and no longer.
 
+Calls may overlap, as where a later step's rollouts have begun already: all together have one bound of
+episodes in flight, and a later call's begin where an earlier one's leave room.
+
 A failure of the world (WorldError, a deadline) costs the environment: the episode starts anew in a fresh one,
 with the same seeds, and after ``retries`` it is returned as invalid. Trajectories know all faults that they
 met. Anything else that is raised is a bug: it leaves as it is, with a note of the environment and the task.
@@ -43,46 +46,52 @@ class Rollouts:
         chat: Callable[[Env], Chat],
         engine: Engine,
         limits: RolloutConfig,
-        in_flight: int,  # episodes at once
+        in_flight: int,  # episodes at once, of all calls together
         deterministic: bool = False,
         on_stall: Callable[[str], None] = lambda text: None,
     ) -> None:
         """``on_stall`` gets a line that says who waits for what, whenever nothing got on for
         ``limits.stall_s``."""
-        self._make_env, self._chat, self._engine, self._limits = make_env, chat, engine, limits
-        self._in_flight, self._deterministic, self._on_stall = in_flight, deterministic, on_stall
+        self._engine, self._limits = engine, limits
+        self._in_flight, self._deterministic = in_flight, deterministic
+        self._places = asyncio.Semaphore(in_flight)  # first come, first served
+        self._watchdog = Watchdog(quiet_s=limits.stall_s, on_stall=on_stall)
+        self._attempts = Attempts(make_env, chat, limits=limits, watchdog=self._watchdog)
 
     async def groups(
         self,
         plans: Sequence[EpisodePlan],
         *,
         sampling: Sampling,
+        on_begin: Callable[[], None] = lambda: None,
         on_episode: Callable[[], None] = lambda: None,
     ) -> list[Group]:
         """Run ``plans``; siblings of a task, which stand next to each other, become a group, in the plans'
         order.
 
         Of ``sampling``, max_tokens and seed are set for each turn, and the chat's stop tokens are added.
-        ``on_episode`` is called after each episode.
+        ``on_begin`` is called when the first episodes have a place and begin, ``on_episode`` after each.
         """
         queue = deque(enumerate(plans))
         done: list[tuple[Task, Trajectory] | None] = [None] * len(plans)
         workers = min(self._in_flight, len(plans))
         rounds = _Rounds(workers if self._deterministic else 0)
-        watchdog = Watchdog(quiet_s=self._limits.stall_s, on_stall=self._on_stall)
-        attempts = Attempts(self._make_env, self._chat, limits=self._limits, watchdog=watchdog)
 
         async def work() -> None:
-            # A worker between two episodes still counts as live, so the next episode joins the next round.
-            while queue:
-                at, plan = queue.popleft()
-                speaker = partial(self._speaker, plan, sampling, partial(rounds.turn, at))
-                done[at] = await self._episode(attempts, plan, speaker)
-                on_episode()
+            # A worker keeps its place until no plan is left: a later call's episode never comes before one of
+            # this call's. Between two episodes it still counts as live, so the next one joins the next round.
+            async with self._places:
+                if len(queue) == len(plans):
+                    on_begin()
+                while queue:
+                    at, plan = queue.popleft()
+                    speaker = partial(self._speaker, plan, sampling, partial(rounds.turn, at))
+                    done[at] = await self._episode(plan, speaker)
+                    on_episode()
             rounds.leave()
 
         try:
-            async with watchdog, asyncio.TaskGroup() as tasks:
+            async with self._watchdog, asyncio.TaskGroup() as tasks:
                 for _ in range(workers):
                     tasks.create_task(work())
         except (
@@ -92,20 +101,20 @@ class Rollouts:
         return _grouped(plans, [outcome for outcome in done if outcome is not None])
 
     async def _episode(
-        self, attempts: Attempts, plan: EpisodePlan, speaker: Callable[[Env, Chat], Speaker]
+        self, plan: EpisodePlan, speaker: Callable[[Env, Chat], Speaker]
     ) -> tuple[Task, Trajectory]:
         """One episode, in a fresh environment for each attempt."""
         ledger = Ledger()
         with ledger.opened():
             for _ in range(1 + self._limits.retries):
                 try:
-                    task, trajectory = await attempts.run(plan, speaker)
+                    task, trajectory = await self._attempts.run(plan, speaker)
                 except WorldError as error:
                     ledger.faults.append(as_fault(error))
                 else:
                     faults = (*ledger.faults, *trajectory.faults)
                     return task, replace(trajectory, faults=faults, calls=dict(ledger.calls))
-        task = await attempts.task(plan)
+        task = await self._attempts.task(plan)
         return task, _invalid(plan, task, ledger)
 
     def _speaker(

@@ -12,7 +12,7 @@ import numpy as np
 
 from agentrl.types import Completion, Sample, Trajectory, Turn
 
-__all__ = ["to_samples"]
+__all__ = ["oldest_version", "to_samples"]
 
 
 def to_samples(trajectory: Trajectory) -> list[Sample]:
@@ -28,6 +28,11 @@ def to_samples(trajectory: Trajectory) -> list[Sample]:
         if any(len(turn.completion.token_ids) for turn in turns):
             samples.append(_merged(trajectory, turns, rewards[start:stop]))
     return samples
+
+
+def oldest_version(sample: Sample) -> int:
+    """The oldest adapter version that sampled one of the sample's tokens: what its staleness counts from."""
+    return int(sample.versions[sample.mask].min())
 
 
 def _earned(turns: Sequence[Turn]) -> list[float]:

@@ -7,30 +7,46 @@ it from the first step to the last, ``agentrl.bench`` for a few.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agentrl.advantages import ADVANTAGES, group_relative
+from agentrl.canary import SAMPLED_TOKENS, Canary
 from agentrl.config import RunConfig
-from agentrl.engine import Adapter, Sampling
+from agentrl.engine import Adapter, Engine, Measured, Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
+from agentrl.errors import EngineError
 from agentrl.faults import check_invalid
 from agentrl.learner import Learner
-from agentrl.metrics import describe_groups, describe_rollout
-from agentrl.models import default_device, load_model
+from agentrl.metrics import describe_groups, describe_rollout, describe_staleness
+from agentrl.models import default_device, load_model, stop_token_ids
 from agentrl.prepare import make_chats, make_schedule
 from agentrl.rollout import EpisodePlan, Rollouts
-from agentrl.samples import to_samples
+from agentrl.samples import oldest_version, to_samples
 from agentrl.schedule import Schedule
 from agentrl.seeds import derive
+from agentrl.serving import Served, open_engine
 from agentrl.threads import in_compute_thread
 from agentrl.types import Group, Sample
 
-__all__ = ["Trainer"]
+__all__ = ["RolledOut", "Trainer"]
+
+_CANARIES = 4  # prompts, of different tasks
+_CANARY_TOKENS = 256  # of a prompt, at most
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RolledOut:
+    """What a step's rollouts came to."""
+
+    groups: Sequence[Group]
+    seconds: float  # from the beginning of the first episode to the end of the last
 
 
 class Trainer:
@@ -40,7 +56,7 @@ class Trainer:
         self,
         config: RunConfig,
         *,
-        engine: EmbeddedEngine,
+        engine: Engine,
         learner: Learner,
         rollouts: Rollouts,
         schedule: Schedule,  # of the training split
@@ -48,6 +64,8 @@ class Trainer:
         """:meth:`load` makes all of these."""
         self.rollouts, self.version = rollouts, 0  # of the adapter
         self._config, self._engine, self._learner, self._schedule = config, engine, learner, schedule
+        self._canary: Canary | None = None  # of an engine with weights of its own, once episodes have opened
+        self._figures: dict[str, float] = {}  # the engine's of the row to come, as far as they are taken
 
     @classmethod
     async def load(
@@ -61,36 +79,41 @@ class Trainer:
     ) -> Trainer:
         """Load ``base`` and put a fresh adapter on it."""
         model = await in_compute_thread(load_model, base, dtype=config.model.dtype, device=default_device())
-        engine = EmbeddedEngine(model, max_sequences=config.engine.max_sequences)
-        learner = await in_compute_thread(
-            Learner,  # after the engine, which takes the model without an adapter
-            model,
-            lora=config.lora,
-            algorithm=config.algorithm,
-            optimizer=config.optimizer,
-            batch=config.batch,
-            steps=config.steps,
-            seed=derive(config.seed, "adapter"),
-        )
-        rollouts = Rollouts(
-            make_env,
-            chat=make_chats(config, tokenizer, model, on_certificate=on_note),
-            engine=engine,
+        served = Served(
+            base=base,
+            model=model,
+            tokenizer=tokenizer,
+            dtype=str(model.dtype).removeprefix("torch."),
             limits=config.rollout,
-            in_flight=config.engine.max_sequences,
-            deterministic=config.engine.deterministic,
-            on_stall=on_note,
+            max_lora_rank=config.lora.r,
+            training=True,
+            seed=derive(config.seed, "retries"),
         )
-        schedule = make_schedule(config, make_env(), "train")
+        engine = await open_engine(config.engine, served, on_note=on_note)
+        try:  # the learner after the engine, which takes the model without an adapter
+            learner = await in_compute_thread(_make_learner, config, model)
+            rollouts = Rollouts(
+                make_env,
+                chat=make_chats(config, tokenizer, stop_token_ids(model), on_certificate=on_note),
+                engine=engine,
+                limits=config.rollout,
+                in_flight=config.engine.max_sequences,
+                deterministic=config.engine.deterministic,
+                on_stall=on_note,
+            )
+            schedule = make_schedule(config, make_env(), "train")
+        except BaseException:
+            await engine.close()
+            raise
         return cls(config, engine=engine, learner=learner, rollouts=rollouts, schedule=schedule)
 
     async def close(self) -> None:
         """Stop the engine."""
         await self._engine.close()
 
-    async def roll_out(self, step: int) -> list[Group]:
-        """The groups of ``step`` (from 0)."""
-        self._engine.take_figures()  # an evaluation's are not the step's
+    async def roll_out(self, step: int) -> RolledOut:
+        """The groups of ``step`` (from 0). Several steps' rollouts may be in flight, and an update beside
+        them: an earlier step's episodes are served first, each turn by what the engine has then."""
         config = self._config
         rollout, split = config.rollout, config.environment.train
         indices = self._schedule.take(step * rollout.tasks_per_step, rollout.tasks_per_step)
@@ -106,25 +129,64 @@ class Trainer:
             for sibling in range(rollout.group_size)
         ]
         sampling = Sampling(max_tokens=rollout.max_turn_tokens, seed=0, temperature=rollout.temperature)
-        return await self.rollouts.groups(plans, sampling=sampling)
+        began: list[float] = []  # one, once there is a place for an episode
 
-    async def learn(self, step: int, groups: Sequence[Group], *, waited_s: float) -> dict[str, float]:
-        """Update the policy and hand it to the engine; the row of ``step``, whose groups were waited for
+        def on_begin() -> None:
+            began.append(time.perf_counter())
+
+        groups = await self.rollouts.groups(plans, sampling=sampling, on_begin=on_begin)
+        return RolledOut(groups, time.perf_counter() - began[0])
+
+    async def learn(self, step: int, rolled: RolledOut, *, waited_s: float) -> dict[str, float]:
+        """Update the policy and hand it to the engine; the row of ``step``, whose rollouts were waited for
         ``waited_s`` seconds.
 
-        Raises TooManyInvalid where the world failed too many episodes; nothing is learnt then.
+        A sample whose oldest token is more than ``max_staleness`` versions behind is dropped: it is in
+        neither the loss nor its normaliser. Its episode's reward stays in the group's baseline, which need
+        not be of the newest policy, but of all siblings: episodes that take long are the ones that grow old,
+        and a baseline of the quick ones alone would favour what they have in common.
+
+        The engine's figures in the row are of all that it did since the row before, for whichever step, but
+        for what was done ``apart``. Raises TooManyInvalid where the world failed too many episodes; nothing
+        is learnt then.
         """
+        groups, most = rolled.groups, self._config.algorithm.max_staleness
         check_invalid(groups, most=self._config.rollout.max_invalid)
-        row = describe_groups(groups) | describe_rollout(groups, seconds=waited_s)
-        row |= self._engine.take_figures() | await self._update(step, groups)
+        self._keep_engine_figures()
+        figures, self._figures = self._figures, {}
+        samples = self._with_advantages(step, groups)
+        behind = [self.version - oldest_version(sample) for sample in samples]
+        fresh = [sample for sample, versions in zip(samples, behind, strict=True) if versions <= most]
+        row = describe_groups(groups) | describe_staleness(behind, most=most) | figures
+        row |= describe_rollout(groups, waited_s=waited_s, rolled_s=rolled.seconds)
+        if prompts := figures.get("rollout/prefill_tokens", 0) + figures.get("rollout/reused_tokens", 0):
+            row["rollout/prefix_hit_rate"] = figures["rollout/reused_tokens"] / prompts
+        if self._canary is None and not isinstance(self._engine, EmbeddedEngine):
+            self._canary = self._make_canary(groups)
+        row |= await self._update(step, fresh)
         return row | self._learner.take_figures()
 
-    async def _update(self, step: int, groups: Sequence[Group]) -> dict[str, float]:
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What the engine does meanwhile, for an evaluation say, is in no row's figures."""
+        self._keep_engine_figures()
+        try:
+            yield
+        finally:
+            if isinstance(self._engine, Measured):
+                self._engine.take_figures()
+
+    def _keep_engine_figures(self) -> None:
+        if isinstance(self._engine, Measured):
+            for name, amount in self._engine.take_figures().items():
+                self._figures[name] = self._figures.get(name, 0.0) + amount
+
+    async def _update(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """One update and the swap of the adapter in the engine; no swap where nothing was learnt."""
         began = time.perf_counter()
         metrics = await in_compute_thread(
             self._learner.update,
-            self._with_advantages(step, groups),
+            samples,
             step=step,
             temperature=self._config.rollout.temperature,
             seed=derive(self._config.seed, "minibatches", step),
@@ -132,9 +194,32 @@ class Trainer:
         updated = time.perf_counter()
         if metrics:
             self.version += 1
-            await self._engine.load(await in_compute_thread(self._learner.publish), self.version)
+            metrics |= await self._hand_over(await in_compute_thread(self._learner.publish))
         swap = {"time/update_s": updated - began, "time/load_s": time.perf_counter() - updated}
         return metrics | swap
+
+    async def _hand_over(self, adapter: Adapter) -> dict[str, float]:
+        """Have the engine serve ``adapter`` as the current version, and prove it; what the proof found."""
+        await self._engine.load(adapter, self.version)
+        if self._canary is None:
+            return {}
+        with self.apart():
+            for _ in range(self._config.rollout.retries):
+                with suppress(EngineError):
+                    return await self._canary.prove(adapter, self.version)
+            return await self._canary.prove(adapter, self.version)
+
+    def _make_canary(self, groups: Sequence[Group]) -> Canary | None:
+        """A proof of weights on the openings of these groups; None where no episode has one."""
+        episodes = [group.valid[0] for group in groups if group.valid][:_CANARIES]
+        room = self._config.rollout.max_episode_tokens - 2 * SAMPLED_TOKENS - 1
+        prompts = [episode.turns[0].new_ids[: min(room, _CANARY_TOKENS)] for episode in episodes]
+        if not prompts or room < 2:
+            return None
+        # An engine of another process casts adapters to the precision of the base.
+        dtype = self._learner.policy.get_base_model().dtype
+        seed = derive(self._config.seed, "canary")
+        return Canary(self._engine, self._learner, prompts=prompts, seed=seed, adapter_dtype=dtype)
 
     def _with_advantages(self, step: int, groups: Sequence[Group]) -> list[Sample]:
         """The samples of the valid episodes, each with its episode's advantage."""
@@ -151,8 +236,11 @@ class Trainer:
         return samples
 
     def memory_mib(self) -> dict[str, float]:
-        """What the learner's parts take, and the engine's keys and values."""
-        return self._learner.memory_mib() | {"cache": self._engine.cache_bytes / 2**20}
+        """What the learner's parts take, and the keys and values of an engine in this process."""
+        held = self._learner.memory_mib()
+        if isinstance(self._engine, EmbeddedEngine):  # any other's are another process's
+            held["cache"] = self._engine.cache_bytes / 2**20
+        return held
 
     def snapshot(self) -> tuple[Adapter, dict[str, Any]]:
         """The adapter and the optimizer's state; call it in the compute thread."""
@@ -164,3 +252,15 @@ class Trainer:
         self.version = version
         if version:  # until then the engine had no adapter
             await self._engine.load(adapter, version)
+
+
+def _make_learner(config: RunConfig, model: Any) -> Learner:
+    return Learner(
+        model,
+        lora=config.lora,
+        algorithm=config.algorithm,
+        optimizer=config.optimizer,
+        batch=config.batch,
+        steps=config.steps,
+        seed=derive(config.seed, "adapter"),
+    )

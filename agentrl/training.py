@@ -1,6 +1,7 @@
 """The loop: rollouts, advantages, update, publish; once for on-policy and for asynchronous training.
 
-Rollouts may run ahead of the update by ``algorithm.max_staleness`` versions; 0 is strictly on-policy.
+Rollouts may run ahead of the update by ``algorithm.max_staleness`` versions, and then go on while it is made;
+0 is strictly on-policy.
 Held-out tasks are measured before, every ``evaluation.every`` steps and after. Ctrl-C and SIGTERM let the
 step finish, save, and say how to resume; a second one stops at once, as does one before or after the steps,
 where nothing would be saved. A run that ended at any instant, killed or not, resumes to the same numbers.
@@ -8,17 +9,16 @@ where nothing would be saved. A run that ended at any instant, killed or not, re
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from agentrl.ahead import Ahead
 from agentrl.alarms import Alarms
 from agentrl.checkpoint import Checkpoints, Saved, State
 from agentrl.config import RunConfig, dump_config
@@ -37,8 +37,7 @@ from agentrl.resume import Process, accepted_changes, tokenizer_digest
 from agentrl.show import plot_curve, summary_table
 from agentrl.stop_signal import StopSignal
 from agentrl.threads import in_compute_thread, run_sync
-from agentrl.trainer import Trainer
-from agentrl.types import Group
+from agentrl.trainer import RolledOut, Trainer
 
 __all__ = ["train"]
 
@@ -119,7 +118,8 @@ class _Run:
         self._alarms = Alarms(read_rows(self._folder))
         await self._load()
         try:
-            before = await self._held_out.before()
+            with self._trainer.apart():
+                before = await self._held_out.before()
             if saved:
                 await self._restore(saved)
             if not await self._steps():
@@ -212,21 +212,17 @@ class _Run:
 
     async def _steps(self) -> bool:
         """Train to the end; False where a signal ended it early."""
-        config, ahead, following = self._config, deque[asyncio.Task[list[Group]]](), self._done
-        stopped = False
+        config, stopped = self._config, False
+        steps, most = range(self._done, config.steps), config.algorithm.max_staleness
         with self._stop.held(), self._display.bar("training", total=config.steps) as bar:
             bar.advance(self._done)
-            while self._done < config.steps and not stopped:
-                while len(ahead) <= config.algorithm.max_staleness and following < config.steps:
-                    ahead.append(asyncio.create_task(self._trainer.roll_out(following)))
-                    following += 1
-                reward = await self._step(ahead.popleft())
-                bar.advance(note=f"reward {reward:.3f}")
-                stopped = self._stop.number is not None
-                if stopped or self._is_saved_at(self._done):
-                    path = await in_compute_thread(self._save)
-        for task in ahead:
-            task.cancel()
+            async with Ahead(self._trainer.roll_out, steps, most=most) as rollouts:
+                while self._done < config.steps and not stopped:
+                    reward = await self._step(rollouts)
+                    bar.advance(note=f"reward {reward:.3f}")
+                    stopped = self._stop.number is not None
+                    if stopped or self._is_saved_at(self._done):
+                        path = await in_compute_thread(self._save)
         if stopped:
             self._display.note(
                 f"stopped after step {self._done} of {config.steps}, saved in {path}; "
@@ -240,21 +236,22 @@ class _Run:
         best = self._checkpoints.best()
         return self._score is not None and (best is None or self._score > best[1])
 
-    async def _step(self, rollout: asyncio.Task[list[Group]]) -> float:
+    async def _step(self, rollouts: Ahead[RolledOut]) -> float:
         """One step from its rollouts to its row, and a point of the curve where one is due; the mean
         reward."""
         began = time.perf_counter()
-        groups = await rollout
-        row = await self._trainer.learn(self._done, groups, waited_s=time.perf_counter() - began)
+        rolled = await rollouts.next()
+        row = await self._trainer.learn(self._done, rolled, waited_s=time.perf_counter() - began)
         row["time/step_s"] = time.perf_counter() - began
         self._done += 1
         self._log.step(self._done, row)
         for alarm in self._alarms.watch(self._done, row):
             self._display.note(str(alarm))
-        self._log.transcripts(self._done, groups)
+        self._log.transcripts(self._done, rolled.groups)
         settings, self._score = self._config.evaluation, None
         if settings.every and self._done % settings.every == 0 and self._done < self._config.steps:
-            self._score = await self._held_out.between(self._done)
+            with self._trainer.apart():
+                self._score = await self._held_out.between(self._done)
         return row.get("reward/mean", float("nan"))
 
     def _save(self) -> Path:

@@ -19,7 +19,7 @@ _NAMED = 5  # waiting episodes that one report names
 
 
 class Watchdog:
-    """Watches while it is open as an asynchronous context."""
+    """Watches while it is open as an asynchronous context, by one or by several at once."""
 
     def __init__(self, *, quiet_s: float, on_stall: Callable[[str], None]) -> None:
         """``on_stall`` gets one line after every ``quiet_s`` seconds without progress."""
@@ -27,6 +27,7 @@ class Watchdog:
         self._waiting: dict[object, tuple[float, Callable[[], str]]] = {}  # since when, and for what
         self._moved = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
+        self._open = 0  # how many have it open
 
     @contextmanager
     def waiting(self, describe: Callable[[], str]) -> Iterator[None]:
@@ -50,12 +51,17 @@ class Watchdog:
 
     async def __aenter__(self) -> Self:
         self._moved = time.monotonic()
-        self._watch = asyncio.create_task(self._keep_watch())
+        self._open += 1
+        if self._open == 1:
+            self._watch = asyncio.create_task(self._keep_watch())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open -= 1
+        if self._open:
+            return
         assert self._watch is not None
         self._watch.cancel()
         with suppress(asyncio.CancelledError):

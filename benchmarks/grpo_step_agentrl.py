@@ -1,4 +1,7 @@
-"""agentrl's side of grpo_step.py: the embedded engine and the learner over one frozen base. Started by it."""
+"""agentrl's side of grpo_step.py: the learner, and the embedded engine over the same base or vLLM beside it.
+
+Started by it, with the engine's kind as the last argument.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,19 @@ from workload import (
 )
 
 from agentrl.advantages import ADVANTAGES, group_relative
-from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
-from agentrl.engine import Sampling
-from agentrl.engines.embedded import EmbeddedEngine
+from agentrl.config import (
+    AlgorithmConfig,
+    BatchConfig,
+    EngineConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RolloutConfig,
+)
+from agentrl.engine import Engine, Sampling
 from agentrl.learner import Learner
 from agentrl.models import load_model, load_tokenizer
 from agentrl.samples import to_samples
+from agentrl.serving import Served, open_engine
 from agentrl.threads import in_compute_thread, run_sync
 from agentrl.types import Completion, IntArray, Sample, Trajectory, Turn
 
@@ -38,21 +48,26 @@ __all__ = ["main"]
 # Two groups at a time (64 + 8 x 64 tokens each): the update took 10 % longer than with all four on two cores,
 # with half the activations.
 _BATCH = BatchConfig(tokens_per_microbatch=2 * (TOKENS + GROUP * TOKENS))
+_VLLM_ARGS = {
+    "enforce_eager": not torch.cuda.is_available(),  # compiling takes a CPU minutes that few steps don't earn
+    "kv_cache_memory_bytes": 512 << 20,  # 32 sequences of 128 tokens need 72 MiB; vLLM would take gigabytes
+}
 
 
 def main() -> None:
     """Serve steps until stdin ends."""
-    run_sync(_serve(sys.argv[1], threads=int(sys.argv[2])))
+    path, threads, kind = sys.argv[1:]
+    run_sync(_serve(path, kind, threads=int(threads)))
 
 
-async def _serve(path: str, *, threads: int) -> None:
+async def _serve(path: str, kind: str, *, threads: int) -> None:
     await in_compute_thread(torch.set_num_threads, threads)
     commands = Commands()
     model = await in_compute_thread(load_model, path, dtype="bfloat16")
     tokenizer = load_tokenizer(path)
     asked = [np.array(tokenizer.encode(text), np.int32) for text in prompts(tokenizer)]
-    engine = EmbeddedEngine(model, max_sequences=PROMPTS * GROUP)
-    learner = await in_compute_thread(_learner, model)
+    engine = await _engine(kind, _served(path, model, tokenizer))
+    learner = await in_compute_thread(_learner, model, kind)
     for step in commands:
         began = time.perf_counter()
         completions = await _sample(engine, asked, step=step)
@@ -60,17 +75,43 @@ async def _serve(path: str, *, threads: int) -> None:
         samples = _samples(asked, completions, step=step)
         metrics = await in_compute_thread(learner.update, samples, step=step, temperature=1.0, seed=step)
         assert metrics["optimizer/grad_norm"] > 0, "nothing was learnt, so nothing was measured"
+        updated = time.perf_counter()
         await engine.load(await in_compute_thread(learner.publish), step + 1)
-        seconds = time.perf_counter() - began
-        commands.answer(StepReport(seconds=seconds, rollout_s=rolled_out - began, peak_mib=peak_mib()))
+        ended = time.perf_counter()
+        commands.answer(
+            StepReport(
+                seconds=ended - began,
+                rollout_s=rolled_out - began,
+                swap_s=ended - updated,
+                peak_mib=peak_mib(),
+            )
+        )
     await engine.close()
 
 
-def _learner(model: Any) -> Learner:
+def _served(path: str, model: Any, tokenizer: Any) -> Served:
+    return Served(
+        base=path,
+        model=model,
+        tokenizer=tokenizer,
+        dtype="bfloat16",
+        limits=RolloutConfig(max_turn_tokens=TOKENS, max_episode_tokens=2 * TOKENS),
+        max_lora_rank=RANK,
+        training=True,
+    )
+
+
+async def _engine(kind: str, served: Served) -> Engine:
+    given = {"args": _VLLM_ARGS} if kind == "vllm" else {}
+    return await open_engine(EngineConfig(kind=kind, max_sequences=PROMPTS * GROUP, **given), served)
+
+
+def _learner(model: Any, kind: str) -> Learner:
     return Learner(
         model,
         lora=LoraConfig(r=RANK),
-        algorithm=AlgorithmConfig(),
+        # As a run has it by default: vLLM computes a little else than the learner does.
+        algorithm=AlgorithmConfig(importance="none" if kind == "embedded" else "truncate"),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant"),
         batch=_BATCH,
         steps=1000,
@@ -78,7 +119,7 @@ def _learner(model: Any) -> Learner:
     )
 
 
-async def _sample(engine: EmbeddedEngine, asked: Sequence[IntArray], *, step: int) -> list[Completion]:
+async def _sample(engine: Engine, asked: Sequence[IntArray], *, step: int) -> list[Completion]:
     """GROUP completions of each prompt. Without stop tokens none ends early."""
     total = PROMPTS * GROUP
     requests = [

@@ -121,7 +121,9 @@ class _Clock(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Answer the parent; the optimizer has stepped."""
         seconds = time.perf_counter() - self._began
-        self._commands.answer(StepReport(seconds=seconds, rollout_s=self.rollout_s, peak_mib=peak_mib()))
+        self._commands.answer(
+            StepReport(seconds=seconds, rollout_s=self.rollout_s, swap_s=0.0, peak_mib=peak_mib())
+        )
 
 
 class _TimedTrainer(GRPOTrainer):  # type: ignore[misc]

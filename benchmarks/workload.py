@@ -45,7 +45,8 @@ class StepReport:
 
     seconds: float  # wall clock of the whole step
     rollout_s: float  # of which sampling
-    peak_mib: float  # most resident memory of the process so far
+    swap_s: float  # of which handing the new weights to the engine; 0 where it samples with the learner's
+    peak_mib: float  # most resident memory so far, of the process and of those that it started
 
 
 class Commands:
@@ -91,11 +92,23 @@ def spread_rewards(step: int) -> list[float]:
 
 
 def peak_mib() -> float:
-    """Most resident memory of this process so far.
+    """Most resident memory so far of this process and of those that it started, added up.
 
-    From /proc, because ru_maxrss begins at the size of the process that started this one. Linux only.
+    Each has its peak at a time of its own, so together they never had more. From /proc, because ru_maxrss
+    begins at the size of the process that started this one. Linux only.
     """
-    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return sum(_peaks_kib(Path("/proc/self"))) / 1024
+
+
+def _peaks_kib(process: Path) -> Iterator[int]:
+    try:
+        status = (process / "status").read_text(encoding="ascii", errors="replace")
+        threads = list((process / "task").iterdir())
+        children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended just now
+        return
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found.group(1)) / 1024
+    if found is not None:  # one that has ended and not been waited for has no memory
+        yield int(found.group(1))
+    for pid in children:
+        yield from _peaks_kib(Path("/proc", pid))

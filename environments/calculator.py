@@ -17,9 +17,9 @@ from itertools import count
 from random import Random
 from typing import Any, Literal, overload
 
-from agentrl.env import ToolEnv
 from agentrl.errors import ToolError, UserError
 from agentrl.seeds import derive
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Message, Task, ToolCall
 
@@ -134,7 +134,7 @@ class _Recipe:
         )
 
     def _problem(self, random: Random, level: int) -> tuple[int, tuple[Step, ...]]:
-        start = value = random.randint(1, self.max_operand)
+        start = value = _draw(random, range(1, self.max_operand + 1))
         largest_factor = self.max_operand if level == 1 else _LARGEST_FACTOR
         steps: list[Step] = []
         for _ in range(level):
@@ -144,7 +144,7 @@ class _Recipe:
                 "*": range(2, min(largest_factor, _LARGEST_RESULT // max(value, 1)) + 1),
             }
             symbol = random.choice([symbol for symbol, operands in ranges.items() if operands])
-            operand = random.choice(ranges[symbol])
+            operand = _draw(random, ranges[symbol])
             steps.append((symbol, operand))
             value = _OPERATIONS[symbol](value, operand)
         return start, tuple(steps)
@@ -169,6 +169,16 @@ class _Tasks(Sequence[Task]):
         if isinstance(index, slice):
             return _Tasks(self.recipe, self.split, self.indices[index])
         return self.recipe.task(self.split, self.indices[index])
+
+
+def _draw(random: Random, numbers: range) -> int:
+    """One of ``numbers``; those of n digits are n times as likely as those of one.
+
+    Of uniform numbers up to 999 one in ten would have less than three digits, and a policy could do without.
+    """
+    lengths = range(len(str(numbers[0])), len(str(numbers[-1])) + 1)
+    (length,) = random.choices(lengths, weights=lengths)
+    return random.choice(range(max(numbers[0], 10 ** (length - 1)), min(numbers[-1], 10**length - 1) + 1))
 
 
 def _split_of(start: int, steps: tuple[Step, ...]) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from agentrl.answers import boxed_answers
-from agentrl.env import ToolEnv
 from agentrl.errors import BadConfig, BadData, MissingExtra, did_you_mean
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 
 __all__ = ["Math"]

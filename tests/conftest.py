@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import numpy as np
 import pytest
 
 from agentrl.engine import Adapter, Sampling
-from agentrl.env import Env, ToolEnv
+from agentrl.env import Env
 from agentrl.errors import ToolError
 from agentrl.reward import Evidence
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Completion, Finish, FloatArray, IntArray, Message, Task, ToolCall
 
@@ -130,6 +132,109 @@ class ScriptedEngine:
 def scripted_engine(tokenizer: Any) -> ScriptedEngineFactory:
     """Makes a ScriptedEngine over the tiny tokenizer."""
     return functools.partial(ScriptedEngine, tokenizer)
+
+
+# -- an HTTP server on loopback, for what speaks to one --
+
+# Status, content (a text as it is, anything else as JSON), headers.
+Answer = tuple[int, Any, Mapping[str, str]]
+
+
+class LoopbackServer:
+    """HTTP/1.1 on a free port of 127.0.0.1 while it is entered, in one event loop.
+
+    ``answer(path, body)`` answers each request; a ConnectionError that it raises hangs up instead. A client
+    that goes away has its request cancelled, as a model's server does it.
+    """
+
+    def __init__(self, answer: Callable[[str, Any], Awaitable[Answer]]) -> None:
+        self._answer = answer
+        self._connections: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
+        self.keys: list[str] = []  # authorizations, in the order in which they came
+        self.running = self.most_running = 0  # requests at once
+        self.disconnects = 0  # clients that went away before their answer
+
+    @property
+    def url(self) -> str:
+        """Of the API, its version included."""
+        return f"http://127.0.0.1:{self._listening.sockets[0].getsockname()[1]}/v1"
+
+    async def __aenter__(self) -> LoopbackServer:
+        self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._listening.close()
+        await self.hang_up()
+
+    async def hang_up(self) -> None:
+        """Close all connections, as a server does that is restarted."""
+        connections = dict(self._connections)
+        for writer in connections:
+            writer.close()
+        await asyncio.gather(*connections.values())
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections[writer] = task
+        try:
+            while True:
+                await self._serve_one(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+            del self._connections[writer]
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        if "authorization" in headers:
+            self.keys.append(headers["authorization"])
+        body = json.loads(await reader.readexactly(int(headers["content-length"])))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            answer = await _until_gone(self._answer(request.split(" ")[1], body), reader)
+        except _Gone:
+            self.disconnects += not writer.is_closing()  # else it was us who hung up
+            raise
+        finally:
+            self.running -= 1
+        writer.write(_as_http(*answer))
+        await writer.drain()
+
+
+class _Gone(ConnectionError):
+    """The client went away before its answer."""
+
+
+async def _until_gone(work: Awaitable[Answer], reader: asyncio.StreamReader) -> Answer:
+    answering = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(reader.read(1))
+    await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
+    is_answered = answering.done()
+    for task in (answering, gone):
+        task.cancel()
+    await asyncio.wait({answering, gone})
+    if not is_answered:
+        raise _Gone
+    return answering.result()
+
+
+def _as_http(status: int, content: Any, headers: Mapping[str, str]) -> bytes:
+    encoded = (content if isinstance(content, str) else json.dumps(content)).encode()
+    lines = [f"{name}: {value}" for name, value in {"Content-Length": len(encoded), **headers}.items()]
+    return "\r\n".join([f"HTTP/1.1 {status} Said", *lines, "", ""]).encode() + encoded
+
+
+@pytest.fixture(scope="session")
+def loopback_server() -> Iterator[type[LoopbackServer]]:
+    """The server's class, whose servers are reached also where a proxy is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield LoopbackServer
 
 
 # -- a small environment --

@@ -24,14 +24,14 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "types errors seeds files stop_signal allocator stopwatch",
-        "env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine registry "
-        "checks probes contract isolation scoring robustness resources "
+        "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
+        "registry checks probes contract isolation scoring robustness resources "
         "config configfile modelfiles workers worker_process threads",
         "environments rewards sandboxes",
-        "rollout attempts samples schedule chat chats certificate parsers advantages statistics metrics "
-        "alarms batches losses attention models softmax memory",
+        "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
+        "metrics alarms batches losses attention models softmax memory",
         "engines learner checkpoint resume warm_start log tiny show export",
-        "training trainer bench evaluation heldout prepare preflight",
+        "training trainer canary bench evaluation heldout prepare preflight serving",
         "cli __main__",
     )
 )
@@ -39,7 +39,7 @@ _LIGHT = 2  # the highest floor that must load neither torch nor transformers
 _HEAVY = frozenset({"torch", "transformers", "tokenizers", "peft", "accelerate", "vllm", "safetensors"})
 _ONLY_IN = {
     "accelerate": {"agentrl/learner.py", "agentrl/log.py"},
-    "vllm": {"agentrl/engines/vllm.py", "agentrl/parsers/vllm.py"},
+    "vllm": {"agentrl/engines/vllm_core.py", "agentrl/engines/vllm_worker.py", "agentrl/parsers/vllm.py"},
 }
 _MOST_LINES = 450  # of a file
 _MOST_FUNCTION_LINES = 60  # of code: without docstring, comments and blank lines

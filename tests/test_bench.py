@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_the_tables_name_every_part(measured: tuple[BenchReport, Path]) -> None:
     for name in ("prefill", "decode", "backward", "optimizer", "reward, mean", "tokens/s", "peak"):
         assert name in said.get()
     assert json.loads(json.dumps(measured[0].to_json()))["steps"] == 2
+
+
+def test_a_server_that_does_not_say_what_it_costs_has_no_parts(measured: tuple[BenchReport, Path]) -> None:
+    report, unsaid = measured[0], ("prefill", "reused", "decode")
+    row = {key: value for key, value in report.row.items() if not any(name in key for name in unsaid)}
+    console = Console(width=100)
+    with console.capture() as said:
+        for table in bench_table(replace(report, row=row)):
+            console.print(table)
+    assert not any(name in said.get() for name in unsaid)
+    assert all(name in said.get() for name in ("rollout", "the rest", "rollout, sampled"))
 
 
 def test_the_trace_shows_the_kernels_and_no_run_is_left_behind(measured: tuple[BenchReport, Path]) -> None:

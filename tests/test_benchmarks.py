@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+
+from agentrl.attempts import EpisodePlan
+from agentrl.chats import Chats
+from agentrl.engine import Sampling
+from agentrl.tiny import TinyShape, make_tiny_model
 
 _BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -26,7 +34,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-@pytest.mark.parametrize("script", ["grpo_step", "env_overhead", "startup", "verify"])
+@pytest.mark.parametrize("script", ["async_rollouts", "env_overhead", "grpo_step", "startup", "verify"])
 def test_a_benchmark_says_how_it_is_run(script: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         load(script).main(["--help"])
@@ -45,6 +53,47 @@ def test_env_overhead_writes_a_row_for_each_way_to_step(
     assert all(set(row) == {"name", "microseconds", "aim"} and row["microseconds"] > 0 for row in rows)
     said = capsys.readouterr().out
     assert all(row["name"] in said for row in rows)
+
+
+def test_async_rollouts_says_the_same_in_both_ways_and_beats_no_limit(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    load("async_rollouts").main(["--quick", "--json", str(path)])
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["name"] for row in rows] == ["seed 0", "mean"]
+    assert all(row["same"] == "4/4" for row in rows)
+    assert all(0 < row["slowest_s"] < row["latencies_s"] for row in rows)
+    assert all(row["agentrl_s"] > row["slowest_s"] < row["lockstep_s"] for row in rows)
+    assert all(row["ratio"] == pytest.approx(row["lockstep_s"] / row["agentrl_s"]) for row in rows)
+    assert all(row["limit_s"] > row["slowest_s"] and row["engine_s"] > 0 for row in rows)
+
+
+def test_latencies_are_log_normal_and_belong_to_their_episode_and_turn(load: Any) -> None:
+    benchmark = load("async_rollouts")
+    drawn = [benchmark.latencies(0, episode) for episode in range(2000)]
+    flat = np.array(drawn).ravel()
+    assert np.median(flat) == pytest.approx(0.2, rel=0.1)
+    assert np.quantile(flat, 0.99) == pytest.approx(5.0, rel=0.2)
+    assert len(set(flat)) == len(flat)
+    assert benchmark.latencies(0, 7, scale=0.5) == pytest.approx([0.5 * one for one in drawn[7]])
+
+
+def test_lockstep_samples_a_turn_of_all_episodes_at_once_and_waits_for_the_last_tool(
+    load: Any, scripted_engine: Any, tokenizer: Any
+) -> None:
+    benchmark, engine = load("async_rollouts"), scripted_engine([5] * 8)
+    plans = [EpisodePlan(split="train", index=place, sibling=0, env_seed=0, seed=place) for place in range(3)]
+    said = asyncio.run(
+        load("lockstep").lockstep(
+            partial(benchmark.SlowTools, seed=0, episodes=3, scale=1e-3),
+            plans,
+            chat=Chats(tokenizer),
+            engine=benchmark.ExactLength(engine),
+            sampling=Sampling(max_tokens=8, seed=0),
+        )
+    )
+    assert [len(batch) for batch in engine.batches] == [3] * benchmark.TURNS
+    assert [tokens for tokens, _ in said] == [[[5] * 8] * benchmark.TURNS] * 3
+    assert all(len(messages) == 1 + 2 * benchmark.TURNS for _, messages in said)
 
 
 def test_startup_writes_a_row_for_each_start(load: Any, tmp_path: Path) -> None:
@@ -133,16 +182,51 @@ def test_the_floor_is_the_slower_of_arithmetic_and_reading(load: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("status", "measured"), [(0, ["agentrl", "agentrl, vLLM", "trl"]), (1, ["agentrl", "trl"])]
+)
+def test_the_step_over_vllm_is_left_out_where_its_python_has_no_vllm(
+    status: int, measured: list[str], load: Any, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexit {status}\n", encoding="utf-8")
+    python.chmod(0o755)
+    names = ["agentrl", "agentrl, vLLM", "trl"]
+    pythons = load("grpo_step").interpreters(names, vllm=str(python), trl="other")
+    assert list(pythons) == measured
+    assert pythons["agentrl"] == sys.executable
+    assert pythons["trl"] == "other"
+
+
+def test_peak_memory_counts_the_processes_that_were_started(load: Any) -> None:
+    workload = load("workload")
+    alone = workload.peak_mib()
+    code = "block = bytearray(64 << 20); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        together = workload.peak_mib()
+        child.kill()
+    assert together > alone + 64
+
+
 @pytest.mark.slow
-def test_agentrls_side_of_the_step_answers_what_it_is_told_to_run(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("engine", ["embedded", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_agentrls_side_of_the_step_answers_what_it_is_told_to_run(engine: str, tmp_path: Path) -> None:
+    # Heads of 32: vLLM's attention on a CPU has no smaller ones.
+    shape = TinyShape(hidden_size=64, intermediate_size=64, layers=2, heads=2, kv_heads=1, vocab_size=320)
+    make_tiny_model(tmp_path, texts=["Write on: time."], seed=0, shape=shape)
     done = subprocess.run(
-        [sys.executable, str(_BENCHMARKS / "grpo_step_agentrl.py"), str(tiny_checkpoint), "1"],
+        [sys.executable, str(_BENCHMARKS / "grpo_step_agentrl.py"), str(tmp_path), "1", engine],
         input="step\nstep\n",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     ready, *reports = (json.loads(line) for line in done.stdout.splitlines())
     assert ready == {"ready": True}
     assert len(reports) == 2, done.stderr
-    assert all(report["seconds"] > report["rollout_s"] > 0 < report["peak_mib"] for report in reports)
+    assert all(report["seconds"] > report["rollout_s"] + report["swap_s"] for report in reports)
+    assert all(report["rollout_s"] > 0 < report["swap_s"] and report["peak_mib"] > 0 for report in reports)

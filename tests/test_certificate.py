@@ -25,7 +25,7 @@ TOOL = {
     "function": {"name": "search", "description": "Find.", "parameters": {"properties": {}}},
 }
 PLAIN = ("plain", "multi-turn", "unicode", "thinking")
-TOOLS = ("tool-call", "tool-result", "parallel-call")
+TOOLS = ("tool-call", "tool-result", "text-and-call", "parallel-call")
 
 Load = Callable[[str], Any]
 
@@ -51,8 +51,8 @@ def load(checkpoint: Path) -> Load:
     return tokenizer
 
 
-def certificate_of(tokenizer: Any, *, tools: bool = True) -> Certificate:
-    return certify(tokenizer, [TOOL] if tools else [], parser=get_parser("hermes"))
+def certificate_of(tokenizer: Any, *, tools: bool = True, parser: str = "hermes") -> Certificate:
+    return certify(tokenizer, [TOOL] if tools else [], parser=get_parser(parser))
 
 
 def statuses(certificate: Certificate) -> dict[str, str]:
@@ -63,7 +63,7 @@ def test_the_tiny_template_extends_in_every_kind(load: Load) -> None:
     certificate = certificate_of(load("tiny"))
     assert statuses(certificate) == dict.fromkeys((*PLAIN, *TOOLS), "extends")
     assert certificate.ok
-    assert certificate.summary == "chat template: 7 of 7 kinds extend"
+    assert certificate.summary == "chat template: 8 of 8 kinds extend"
 
 
 def test_a_template_that_drops_old_thoughts_is_named_with_the_first_difference(load: Load) -> None:
@@ -74,16 +74,22 @@ def test_a_template_that_drops_old_thoughts_is_named_with_the_first_difference(l
     assert rows["thinking"].status == "rewrites"
     assert "the episode has" in rows["thinking"].detail
     assert "<think>" in rows["thinking"].detail
-    assert certificate.summary.startswith("chat template: 2 of 7 kinds extend; rewritten: multi-turn")
+    assert certificate.summary.startswith("chat template: 2 of 8 kinds extend; rewritten: multi-turn")
 
 
 def test_one_call_a_turn_is_reported_and_no_obstacle(load: Load) -> None:
     certificate = certificate_of(load("llama3_like"))
     found = statuses(certificate)
     assert found.pop("parallel-call") == "unsupported"
-    assert found == dict.fromkeys((*PLAIN, "tool-call", "tool-result"), "extends")
+    assert found == dict.fromkeys((*PLAIN, "tool-call", "tool-result", "text-and-call"), "extends")
     assert certificate.ok
-    assert certificate.summary == "chat template: 6 of 7 kinds extend; unsupported: parallel-call"
+    assert certificate.summary == "chat template: 7 of 8 kinds extend; unsupported: parallel-call"
+
+
+def test_a_template_that_writes_no_text_beside_a_call_is_no_obstacle(load: Load) -> None:
+    certificate = certificate_of(load("llama3_json_like"), parser="llama3_json")
+    assert certificate.ok
+    assert certificate.summary.endswith("6 of 8 kinds extend; unsupported: text-and-call, parallel-call")
 
 
 def test_a_template_that_ignores_tools_is_fine_without_them_and_not_with_them(load: Load) -> None:

@@ -365,6 +365,19 @@ def test_template_history_extends_where_the_template_does(load: Load) -> None:
     assert whole.tolist() == plain_ids(tokenizer, chat, [USER, ANSWER, USER])
 
 
+def test_template_history_appends_where_the_template_refuses_what_the_model_said(load: Load) -> None:
+    chat = chat_of(load("llama3_like"), history="template")
+    prompt = chat.open([USER])
+    said = ids_of(chat.tokenizer.encode(2 * get_parser("hermes").render("search", {"query": "2"})))
+    both = chat.parse(said)
+    results = [replace(RESULT, tool_call_id=call.id) for call in both.tool_calls]
+    assert len(results) == 2
+    extension = chat.extend(prompt, said, messages=[USER, both], new=[*results, USER])
+    appended = chat_of(load("llama3_like")).extend(prompt, said, messages=[USER, both], new=[*results, USER])
+    assert extension.extends
+    assert extension.new_ids.tolist() == appended.new_ids.tolist()
+
+
 def test_template_history_appends_tool_results_and_renders_what_a_bad_call_said(load: Load) -> None:
     chat = chat_of(load("qwen3_like"), history="template")
     raw = "<tool_call>oops</tool_call>"

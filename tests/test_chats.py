@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from agentrl.chats import Chats
-from agentrl.env import Env, ToolEnv
+from agentrl.env import Env
 from agentrl.errors import UnknownName, UnsupportedModel
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 
 

@@ -19,9 +19,10 @@ import pytest
 import agentrl
 from agentrl import resources
 from agentrl.checks import Report, check_environment
-from agentrl.env import Env, Step, ToolEnv
+from agentrl.env import Env, Step
 from agentrl.errors import ToolError
 from agentrl.reward import Evidence
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import Tool, tool
 from agentrl.types import Message, Task, ToolCall
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
+import socket
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from agentrl.cli import app
+from agentrl.config import EngineConfig
 from agentrl.configfile import load_config
-from agentrl.errors import BadData
+from agentrl.errors import BadData, EngineError
 
 _UNSOUND = """\
-from agentrl.env import ToolEnv
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 
 
@@ -105,6 +109,29 @@ def test_eval_prints_its_table_and_writes_its_report(
     assert (env, options["k"], options["n"], options["args"]) == ("calculator", (1, 2), 2, {"levels": [1]})
 
 
+def test_eval_takes_the_engine_key_by_key(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"  # the weights are where the server is
+    shutil.copytree(tiny_checkpoint, elsewhere, ignore=shutil.ignore_patterns("*.safetensors"))
+    evaluate = _stand_in(monkeypatch, "evaluate", FakeEvaluation())
+
+    def engine(*settings: str, model: Path = tiny_checkpoint) -> EngineConfig:
+        options = [word for setting in settings for word in ("--engine", setting)]
+        result = _agentrl("eval", "calculator", "--model", model, *options)
+        assert result.exit_code == 0, result.output
+        assert evaluate.called is not None
+        return cast(EngineConfig, evaluate.called[1]["engine"])
+
+    assert engine() == EngineConfig(max_sequences=64)
+    assert engine("vllm", "args.block_size=32") == EngineConfig(
+        kind="vllm", args={"block_size": 32}, max_sequences=64
+    )
+    url = "http://127.0.0.1:8000/v1"
+    served = engine("openai", f"url={url}", "max_sequences=8", model=elsewhere)
+    assert served == EngineConfig(kind="openai", url=url, max_sequences=8)
+
+
 def test_greedy_is_one_episode_at_temperature_zero(
     monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
 ) -> None:
@@ -121,6 +148,13 @@ def test_greedy_is_one_episode_at_temperature_zero(
         (("-k", "1,x"), "BadConfig: -k is '1,x'; it must be counts like 1,8"),
         (("--top-p", "0"), "BadConfig: top_p is 0.0; it must be above 0"),
         (("levels",), "BadConfig: 'levels' is no setting"),
+        (("--engine", "openai"), "BadConfig: --engine: engine.url is missing: kind: openai needs it"),
+        (("--engine", "urll=x"), "BadConfig: --engine: unknown key engine.urll; did you mean 'engine.url'?"),
+        (("--engine", "vllm", "--model", "./nowhere"), "UnsupportedModel: no model folder './nowhere'"),
+        (
+            ("--engine", "openai", "--engine", "url=http://h/v1", "--model", "./nowhere"),
+            "UnsupportedModel: no model folder './nowhere'",
+        ),
     ],
 )
 def test_eval_refuses_what_does_not_fit(
@@ -137,6 +171,24 @@ def test_a_user_error_is_one_line_on_stderr(monkeypatch: pytest.MonkeyPatch) -> 
     result = _agentrl("train", "quickstart")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "BadData: tasks.jsonl has no column 'answer'\n"
+
+
+def test_a_server_that_can_not_be_reached_is_one_line_and_no_users_error(tiny_checkpoint: Path) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there, and nobody else can begin to
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        engine = ("--engine", "openai", "--engine", f"url={url}", "--engine", "request_retries=0")
+        result = _agentrl("eval", "calculator", "--model", tiny_checkpoint, *engine)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith(f"EngineError: {url}/completions failed in 1 attempt")
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_worlds_failure_is_one_line_and_no_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _stand_in(monkeypatch, "train", EngineError("http://127.0.0.1:8000/v1 failed in 7 attempts"))
+    result = _agentrl("train", "quickstart")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "EngineError: http://127.0.0.1:8000/v1 failed in 7 attempts\n"
 
 
 def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from agentrl.config import RunConfig
-from agentrl.configfile import load_config, packaged_configs, parse_assignments, resolve_target
+from agentrl.configfile import (
+    load_config,
+    load_engine,
+    packaged_configs,
+    parse_assignments,
+    resolve_target,
+)
 from agentrl.errors import BadConfig, UnknownName
 
 _TEXT = """\
@@ -59,6 +65,15 @@ def test_null_takes_the_default_except_in_the_environments_arguments(file: Path)
     assert config.warm_start is None
 
 
+def test_an_engine_that_is_named_by_its_kind_alone_can_still_be_set(file: Path) -> None:
+    for overrides in (["engine=vllm"], ["engine.kind=vllm"]):
+        settings = [*overrides, "engine.args.quantization=null", "engine.max_sequences=8"]
+        engine = load_config(file, settings).engine
+        assert (engine.kind, engine.args, engine.max_sequences) == ("vllm", {"quantization": None}, 8)
+    file.write_text(_TEXT + "engine: vllm\n")
+    assert load_config(file, ["engine.args.block_size=32"]).engine.args == {"block_size": 32}
+
+
 def test_an_environment_gives_a_default_run_called_after_it() -> None:
     config = load_config("my_package.shop:Shop", model="some/model")
     assert (config.environment.id, config.model.path, config.name) == (
@@ -104,6 +119,9 @@ def test_a_mapping_is_not_changed_by_overrides() -> None:
         ("model.path=m", "model.path and tiny are both set; it must be one of them, or pass --model M"),
         ("warm_start.episodes=40", "warm_start.steps is missing: it has no default"),
         ("evaluation.curve_tasks=9", "evaluation.curve_tasks has no effect with every: 0: remove it"),
+        ("engine=vlm", "engine.kind is 'vlm'; it must be 'embedded', 'vllm' or 'openai'"),
+        ("engine.kind=openai", "engine.url is missing: kind: openai needs it, such as http://127.0.0.1"),
+        ("engine.url=http://h/v1", "engine.url has no effect with kind: embedded: remove it"),
     ],
 )
 def test_a_fault_names_the_key_the_value_and_what_is_allowed(file: Path, override: str, message: str) -> None:
@@ -118,6 +136,32 @@ def test_each_fault_has_a_line_of_its_own(file: Path) -> None:
 def test_a_model_that_nobody_named_is_asked_for() -> None:
     with pytest.raises(BadConfig, match=r"calculator: model is missing: .* or pass --model M"):
         load_config("calculator")
+
+
+def test_an_engine_alone_is_its_kind_and_its_keys() -> None:
+    engine = load_engine(["openai", "url=http://h/v1", "request_retries=2"], max_sequences=64)
+    assert (engine.kind, engine.url, engine.request_retries) == ("openai", "http://h/v1", 2)
+    assert (engine.max_sequences, load_engine([], max_sequences=7).max_sequences) == (64, 7)
+    passed_on = load_engine(["kind=vllm", "args.quantization=", "max_sequences=3"], max_sequences=64)
+    assert (passed_on.args, passed_on.max_sequences) == ({"quantization": None}, 3)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["vlm"], "--engine: engine.kind is 'vlm'; it must be 'embedded', 'vllm' or 'openai'"),
+        (["openai"], "--engine: engine.url is missing: kind: openai needs it"),
+        (["openai", "urll=http://h/v1"], "--engine: unknown key engine.urll; did you mean 'engine.url'?"),
+        (["url=http://h/v1"], "--engine: engine.url has no effect with kind: embedded: remove it"),
+        (["max_sequences=0"], "--engine: engine.max_sequences is 0; it must be greater than or equal to 1"),
+        (["openai", "vllm"], "kind is set twice: remove one"),
+        (["vllm", "args={"], "'args={', line 1: not YAML"),
+    ],
+)
+def test_a_fault_of_an_engine_alone_names_its_key(assignments: list[str], message: str) -> None:
+    with pytest.raises(BadConfig) as caught:
+        load_engine(assignments, max_sequences=64)
+    assert str(caught.value).splitlines()[0].startswith(message)
 
 
 @pytest.mark.parametrize(

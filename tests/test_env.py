@@ -15,9 +15,10 @@ import pytest
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
-from agentrl.env import Env, Step, ToolEnv
+from agentrl.env import Env, Step
 from agentrl.errors import BadData, ToolError, UserError, WorldError
 from agentrl.reward import Evidence
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Message, Score, Task, ToolCall
 
@@ -140,6 +141,7 @@ class Safe(Desk):
     lose = None  # type: ignore[assignment]
     crash = None  # type: ignore[assignment]
     wait = None  # type: ignore[assignment]
+    meet = None  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("env", [Safe(), Safe(max_turns=1), Echo()], ids=["tools", "single turn", "plain"])
@@ -301,7 +303,7 @@ def test_the_models_fault_is_an_observation_and_the_episode_goes_on(
         (ToolCall(id="x", name="", arguments=None, status="unclosed"), "error: the tool call was not closed"),
         (
             ToolCall(id="x", name="echo", arguments=None, status="not_object"),
-            "error: the tool call is no JSON",
+            "error: the tool call does not give a tool's name and arguments",
         ),
         (ToolCall(id="x", name="echo", arguments={"text": 1}, status="schema_error"), "error: the arguments"),
         (
@@ -314,6 +316,72 @@ def test_a_bad_call_is_answered_with_why(call: ToolCall, text: str) -> None:
     (observation,), *_ = begun().step(Message("assistant", "", (call,)))
     assert observation.content.startswith(text)
     assert observation.tool_call_id == "x"
+
+
+def test_the_conversation_keeps_the_status_that_a_call_has_here() -> None:
+    env = begun()
+    wanted = [("echo", {"text": "a"}), ("echo", {"text": 1}), ("ecoh", {})]
+    observation, *_ = env.step(calls(*wanted))
+    said = env.messages[-4].tool_calls
+    assert [call.status for call in said] == ["ok", "schema_error", "unknown_tool"]
+    assert [(call.name, call.arguments) for call in said] == wanted
+    assert [f"error: {call.note}" for call in said[1:]] == [message.content for message in observation[1:]]
+
+
+# What a bad call costs
+
+GOOD = ("echo", {"text": "a"})
+BAD = ("echo", {"text": 1})
+
+
+def test_a_bad_call_may_end_the_episode_once_all_calls_are_answered() -> None:
+    env = begun(bad_calls="end", reward=lambda evidence: len(evidence.messages))
+    assert env.step(calls(GOOD))[2] is False
+    observation, reward, terminated, truncated, info = env.step(calls(BAD, GOOD))
+    assert (terminated, truncated, info["stop_reason"]) == (True, False, "bad_call")
+    assert [message.content.partition(":")[0] for message in observation] == ["error", "a"]
+    assert reward == len(env.messages) == 6
+
+
+@pytest.mark.parametrize("policy", ["explain", "end"])
+def test_each_bad_call_costs_the_penalty(policy: Any) -> None:
+    env = begun(bad_calls=policy, bad_call_penalty=0.25)
+    assert env.step(calls(GOOD))[1] == 0.0
+    assert env.step(calls(BAD, GOOD, ("ecoh", {})))[1] == -0.5
+    if policy == "explain":
+        assert env.step(answer("2"))[1] == 1.0
+
+
+def test_what_a_tool_refuses_is_no_bad_call() -> None:
+    _, reward, terminated, *_ = begun(bad_calls="end", bad_call_penalty=1).step(calls(("refuse", {})))
+    assert (reward, terminated) == (0.0, False)
+
+
+def test_the_ending_of_a_tool_comes_before_that_of_a_bad_call() -> None:
+    *_, info = begun(bad_calls="end").step(calls(BAD, ("submit", {})))
+    assert info["stop_reason"] == "submitted"
+
+
+def test_a_class_has_its_policy_and_an_instance_may_have_another() -> None:
+    class Strict(Desk):
+        bad_calls = "end"
+        bad_call_penalty = 0.5
+
+    assert (Strict().bad_calls, Strict().bad_call_penalty) == ("end", 0.5)
+    assert (Strict(bad_calls="explain", bad_call_penalty=0).bad_call_penalty) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bad_calls": "ends"}, r"bad_calls='ends'\); did you mean 'end'\?: explain or end"),
+        ({"bad_call_penalty": -0.1}, r"bad_call_penalty=-0.1\): it is subtracted"),
+        ({"bad_call_penalty": float("nan")}, r"bad_call_penalty=nan\)"),
+    ],
+)
+def test_a_policy_that_is_none_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Desk(**settings)
 
 
 def test_the_worlds_fault_leaves_step_and_is_named() -> None:

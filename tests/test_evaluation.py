@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 
 import agentrl
 from agentrl.chats import Chats
-from agentrl.config import LoraConfig, RolloutConfig
+from agentrl.config import EngineConfig, LoraConfig, RolloutConfig
 from agentrl.engine import Sampling
-from agentrl.env import Env, ToolEnv
+from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData, WorldError
 from agentrl.evaluation import (
     Evaluation,
@@ -27,6 +28,7 @@ from agentrl.evaluation import (
 )
 from agentrl.rollout import Rollouts
 from agentrl.statistics import TaskCount
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 
 SAMPLING = Sampling(max_tokens=12, seed=0)
@@ -220,6 +222,28 @@ def test_the_same_seed_measures_the_same(tiny_checkpoint: Path) -> None:
         return evaluate(Even, model=tiny_checkpoint, **settings).counts
 
     assert counts(1) == counts(1) != counts(2)
+
+
+def test_rounds_are_kept_where_the_engine_is_to_be_deterministic(
+    tiny_checkpoint: Path, scripted_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(Marks):
+        """The first of a round ends long before the last."""
+
+        def reward(self, evidence: Any) -> float:
+            time.sleep(0.02 * int(evidence.task.id[-1]))
+            return 1.0
+
+    engine = scripted_engine("1")
+
+    async def open_scripted(settings: EngineConfig, served: Any, **callbacks: Any) -> Any:
+        return engine
+
+    monkeypatch.setattr("agentrl.evaluation.open_engine", open_scripted)
+    rounds = EngineConfig(max_sequences=3, deterministic=True)
+    evaluate(Slow, model=tiny_checkpoint, n=4, tasks=3, engine=rounds)
+    assert [len(batch) for batch in engine.batches] == [3, 3, 3, 3]
+    assert engine.closed
 
 
 @pytest.mark.parametrize("k", [(1, 9), (0,), ()])

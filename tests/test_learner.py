@@ -118,15 +118,17 @@ def distance(one: Gradient, other: Gradient) -> float:
 # -- what the gradient depends on --
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(make_learner: MakeLearner, kl: float) -> None:
+@pytest.mark.parametrize("algorithm", [{}, {"kl": 0.1}, {"importance": "truncate"}, {"importance": "mask"}])
+def test_loss_and_gradient_do_not_depend_on_how_the_step_is_cut(
+    make_learner: MakeLearner, algorithm: dict[str, Any]
+) -> None:
     ways = [
         (samples(), {"tokens_per_microbatch": 21}),
         (samples(), {"tokens_per_microbatch": 50, "logprob_rows": 3}),
         (samples()[::-1], {"tokens_per_microbatch": 10_000}),
         (samples(), {"tokens_per_microbatch": 50, "activation_checkpointing": True}),
     ]
-    learners = [make_learner(algorithm={"kl": kl}, **batch) for _, batch in ways]
+    learners = [make_learner(algorithm=algorithm, **batch) for _, batch in ways]
     rows = [update(learner, given) for learner, (given, _) in zip(learners, ways, strict=True)]
     first, *others = map(gradient, learners)
     assert len(first) == len(learners[0].optimization.parameters)
@@ -247,6 +249,90 @@ def test_later_minibatches_compare_with_the_weights_before_the_first(make_learne
     row = update(learner, samples())
     assert row["loss/ratio_mean"] == pytest.approx(1.0, abs=1e-6)
     assert row["loss/policy_kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+# -- what sampler and learner differ in --
+
+
+def sampled_apart(learner: Learner, log_weights: Sequence[float]) -> list[Sample]:
+    """The samples, as if drawn where the learner's logprobs are these above the sampler's, in turn."""
+    given = samples()
+    scored = learner.optimization.score(given, temperature=1.0)
+    moved = []
+    for one, old in zip(given, scored, strict=True):
+        apart = np.zeros(len(one.mask))
+        apart[one.mask] = np.resize(log_weights, one.trained_tokens)
+        moved.append(dataclasses.replace(one, logprobs=np.where(one.mask, old - apart, 0.0)))
+    return moved
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+@pytest.mark.parametrize("mode", ["none", "truncate", "mask"])
+def test_the_mismatch_metrics_are_those_computed_by_hand(
+    make_learner: MakeLearner, mode: str, minibatches: int
+) -> None:
+    limits = {"truncate": {"importance_cap": 1.5}, "mask": {"importance_cap": 1.5, "importance_floor": 0.6}}
+    learner = make_learner(
+        algorithm={"importance": mode, "minibatches": minibatches, **limits.get(mode, {})},
+        optimizer={"learning_rate": 1e-12},  # so that later minibatches have the first one's logprobs
+        tokens_per_microbatch=30,
+    )
+    given = sampled_apart(learner, [0.2, -0.1, 0.5, -0.6])
+    apart = np.concatenate([np.resize([0.2, -0.1, 0.5, -0.6], one.trained_tokens) for one in given])
+    weights = np.exp(apart)
+    inside = {
+        "none": weights > 0,
+        "truncate": weights <= 1.5,
+        "mask": (weights <= 1.5) & (weights >= 0.6),
+    }[mode]
+    used = {"none": weights, "truncate": np.minimum(weights, 1.5), "mask": weights * inside}[mode]
+    row = update(learner, given)
+    assert {name: value for name, value in row.items() if name.startswith("mismatch/")} == pytest.approx(
+        {
+            "mismatch/mean": np.abs(apart).mean(),
+            "mismatch/max": 0.6,
+            "mismatch/kl": (weights - 1 - apart).mean(),
+            "mismatch/kept": inside.mean(),
+            "mismatch/ess": used.sum() ** 2 / (used**2).sum() / len(used),
+        },
+        abs=1e-5,
+    )
+
+
+def test_an_importance_weight_multiplies_the_gradient_and_what_was_sampled_enters_nowhere_else(
+    make_learner: MakeLearner,
+) -> None:
+    plain, corrected, capped = (
+        make_learner(algorithm={"importance": mode}) for mode in ("none", "truncate", "truncate")
+    )
+    for learner, log_weight in ((plain, 0.4), (corrected, 0.4), (capped, 5.0)):
+        row = update(learner, sampled_apart(learner, [log_weight]))
+        assert (row["loss/ratio_mean"], row["loss/policy_kl"]) == (1.0, 0.0)
+    for learner, weight in ((corrected, math.exp(0.4)), (capped, 2.0)):
+        scaled = {index: value * weight for index, value in gradient(plain).items()}
+        assert distance(gradient(learner), scaled) < 1e-5
+    untouched = make_learner()
+    update(untouched, samples())
+    assert distance(gradient(untouched), gradient(plain)) == 0.0
+
+
+def test_the_weights_of_later_minibatches_are_of_the_policy_before_the_first(
+    make_learner: MakeLearner,
+) -> None:
+    algorithm = {"importance": "truncate", "minibatches": 3}
+    learner = make_learner(algorithm=algorithm, optimizer={"learning_rate": 3e-2})
+    row = update(learner, sampled_apart(learner, [0.3]))
+    assert row["loss/policy_kl"] > 1e-4  # the policy moved from one minibatch to the next
+    assert row["mismatch/max"] == pytest.approx(0.3, abs=1e-5)
+    assert row["mismatch/ess"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_step_whose_every_token_is_masked_trains_nothing_and_says_so(make_learner: MakeLearner) -> None:
+    learner = make_learner(algorithm={"importance": "mask"}, optimizer={"learning_rate": 1.0})
+    before = learner.publish().tensors
+    row = update(learner, sampled_apart(learner, [3.0, -3.0]))
+    assert (row["mismatch/kept"], row["mismatch/ess"], row["optimizer/grad_norm"]) == (0.0, 0.0, 0.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in learner.publish().tensors.items())
 
 
 def test_the_reference_is_the_base_without_its_adapter(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from agentrl.batches import Batch, make_batches
-from agentrl.losses import ClipRange, k1, k2, k3, kl_penalty, nll_loss, policy_loss, token_logprobs
+from agentrl.losses import (
+    ClipRange,
+    Importance,
+    effective_share,
+    importance_weights,
+    k1,
+    k2,
+    k3,
+    kl_penalty,
+    nll_loss,
+    policy_loss,
+    token_logprobs,
+)
 from agentrl.types import Sample
 
 VOCABULARY = 11
@@ -431,6 +445,105 @@ def test_a_step_without_trained_tokens_is_refused() -> None:
 def test_a_clip_range_that_no_ratio_fits_is_refused(low: float, high: float) -> None:
     with pytest.raises(ValueError, match="clip range"):
         ClipRange(low, high)
+
+
+# --- importance weights
+
+LOG_WEIGHTS = torch.tensor([0.2, -0.1, 0.5, -0.6], dtype=torch.float64)
+WEIGHTS = [1.221403, 0.904837, 1.648721, 0.548812]
+
+
+def weigh(mode: Any, mask: Tensor | None = None) -> tuple[Tensor, dict[str, float]]:
+    """Tokens that were sampled at -3 nats."""
+    sampled = torch.full_like(LOG_WEIGHTS, -3.0)
+    mask = torch.ones(4, dtype=torch.bool) if mask is None else mask
+    weights, metrics = importance_weights(
+        sampled + LOG_WEIGHTS, sampled, mask, importance=Importance(mode, cap=1.5, floor=0.6)
+    )
+    return weights, {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected", "used", "kept"),
+    [
+        ("truncate", [*WEIGHTS[:2], 1.5, WEIGHTS[3]], [*WEIGHTS[:2], 1.5, WEIGHTS[3]], 3),
+        ("mask", [*WEIGHTS[:2], 0, 0], [*WEIGHTS[:2], 0, 0], 2),
+        ("none", [1, 1, 1, 1], WEIGHTS, 4),
+    ],
+)
+def test_importance_weights_give_the_published_numbers(
+    mode: str, expected: list[float], used: list[float], kept: int
+) -> None:
+    weights, metrics = weigh(mode)
+    assert weights.tolist() == pytest.approx(expected, abs=1e-6)
+    assert metrics == pytest.approx(
+        {
+            "mismatch/kept": kept,
+            "mismatch/weight": sum(used),
+            "mismatch/weight_squared": sum(weight**2 for weight in used),
+        },
+        abs=1e-5,
+    )
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_a_weight_at_the_cap_or_the_floor_is_kept(mode: Any) -> None:
+    agreed, every = torch.tensor([-1.0, -2.0]), torch.ones(2, dtype=torch.bool)
+    narrowest = Importance(mode, cap=1.0, floor=1.0)
+    weights, metrics = importance_weights(agreed, agreed, every, importance=narrowest)
+    assert (weights.tolist(), metrics["mismatch/kept"].item()) == ([1.0, 1.0], 2.0)
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf])
+def test_what_stands_outside_the_mask_has_the_weight_one_and_is_in_no_sum(rubbish: float) -> None:
+    mask = torch.tensor([True, False, True])
+    old = torch.tensor([-1.0, rubbish, -2.0])
+    weights, metrics = importance_weights(
+        old, torch.tensor([-1.0, 0.0, -3.0]), mask, importance=Importance("truncate", cap=2.0, floor=0.5)
+    )
+    assert weights.tolist() == [1.0, 1.0, 2.0]
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "mismatch/kept": 1.0,
+        "mismatch/weight": 3.0,
+        "mismatch/weight_squared": 5.0,
+    }
+
+
+def test_weights_are_detached_and_multiply_each_tokens_loss_and_gradient() -> None:
+    advantages, mask = torch.tensor([1.0, -2.0, 0.5, 1.0]).double(), torch.tensor([True, True, True, False])
+    old = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64, requires_grad=True)
+    weights, _ = importance_weights(
+        old, old.detach() - LOG_WEIGHTS, mask, importance=Importance("mask", cap=1.5, floor=0.6)
+    )
+    assert not weights.requires_grad
+    new = old.detach().clone().requires_grad_()
+    loss, metrics = policy_loss(
+        new, old.detach(), advantages, mask, trained_tokens=10, clip=CLIP, weights=weights
+    )
+    (gradient,) = torch.autograd.grad(loss, new)
+    expected = [-WEIGHTS[0] / 10, 2 * WEIGHTS[1] / 10, 0.0, 0.0]
+    assert gradient.tolist() == pytest.approx(expected, abs=1e-6)
+    assert gradient[2:].tolist() == [0.0, 0.0]  # masked by its weight, and not trained
+    assert loss.item() == pytest.approx(sum(expected), abs=1e-6)
+    assert metrics["loss/policy"].item() == pytest.approx(10 * sum(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "share"),
+    [([0.3] * 5, 1.0), ([1, 0, 0, 0], 0.25), ([0, 0], 0.0), (WEIGHTS, 0.876872), ([2, 1], 0.9)],
+)
+def test_the_effective_share_of_equal_weights_is_one_and_of_a_single_one_a_token(
+    weights: list[float], share: float
+) -> None:
+    squares = [weight**2 for weight in weights]
+    found = effective_share(sum(weights) / len(weights), sum(squares) / len(squares))
+    assert found == pytest.approx(share, abs=1e-6)
+
+
+@pytest.mark.parametrize(("cap", "floor"), [(0.9, 0.5), (2.0, 1.1), (2.0, -0.1), (math.nan, 0.5)])
+def test_an_importance_range_without_one_is_refused(cap: float, floor: float) -> None:
+    with pytest.raises(ValueError, match="must lie between them"):
+        Importance("mask", cap=cap, floor=floor)
 
 
 # --- KL

@@ -46,6 +46,13 @@ def test_the_cache_holds_a_row_for_every_sequence_at_its_first_capacity() -> Non
     assert _plan("engine.max_sequences=64", opening_tokens=129).cache == 64 * 256 * numbers * 2 / 2**20
 
 
+def test_the_cache_of_an_engine_in_another_process_is_not_counted() -> None:
+    server = ("engine.url=http://h/v1", "engine.adapter_dir=adapters")
+    assert _plan("engine=vllm", opening_tokens=129).cache == 0
+    assert _plan("engine.kind=openai", *server).cache == 0
+    assert _plan("engine=vllm").weights == _plan().weights  # the learner's own
+
+
 def test_the_optimizer_holds_sixteen_bytes_a_number_of_the_adapter() -> None:
     attention, mlp = 2 * (64 + 64) + 2 * (64 + 32), 2 * (64 + 128)
     assert _plan("lora.r=8").optimizer == 16 * 8 * 2 * (attention + mlp) / 2**20

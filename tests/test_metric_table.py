@@ -12,8 +12,8 @@ import pytest
 import agentrl
 from agentrl.alarms import RULES, Rule
 from agentrl.config import RunConfig
-from agentrl.env import ToolEnv
 from agentrl.log import RunFolder, read_rows
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Message, Task
 

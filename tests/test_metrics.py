@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from agentrl.metrics import describe_groups, describe_rollout, repetition
+from agentrl.metrics import describe_groups, describe_rollout, describe_staleness, repetition
 from agentrl.types import Completion, Fault, Group, Message, Score, Task, ToolCall, Trajectory, Turn
 
 
@@ -213,7 +213,7 @@ def test_a_rollouts_seconds_are_told_by_where_they_went() -> None:
         ),
         group(episode(fault="engine")),
     ]
-    assert describe_rollout(groups, seconds=4.0) == {
+    assert describe_rollout(groups, waited_s=4.0, rolled_s=4.0) == {
         "time/rollout_s": 4.0,
         "time/rollout_tokens_per_s": 15.0,
         "time/episode_engine_s": 1.5,
@@ -222,8 +222,22 @@ def test_a_rollouts_seconds_are_told_by_where_they_went() -> None:
     }
 
 
+def test_the_speed_of_rollouts_that_ran_ahead_is_that_of_their_own_seconds() -> None:
+    described = describe_rollout([group(episode(tokens=(60,)))], waited_s=0.5, rolled_s=4.0)
+    assert (described["time/rollout_s"], described["time/rollout_tokens_per_s"]) == (0.5, 15.0)
+
+
+def test_stale_samples_are_counted_and_those_beyond_the_bound_are_dropped() -> None:
+    assert describe_staleness([0, 2, 3, 1, 3], most=2) == {
+        "staleness/mean": 1.8,
+        "staleness/max": 3.0,
+        "staleness/dropped": 2.0,
+    }
+    assert set(describe_staleness([], most=0).values()) == {0.0}
+
+
 def test_a_rollout_in_which_nothing_was_said_has_no_speed() -> None:
-    assert describe_rollout([group(episode(fault="engine"))], seconds=2.0) == {
+    assert describe_rollout([group(episode(fault="engine"))], waited_s=2.0, rolled_s=2.0) == {
         "time/rollout_s": 2.0,
         "time/rollout_tokens_per_s": 0.0,
     }

@@ -13,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 
 from agentrl.errors import UnsupportedModel
-from agentrl.modelfiles import find_model_files, is_offline
+from agentrl.modelfiles import find_model_config, find_model_files, is_offline
 
 
 def test_the_header_tells_how_many_weights_there_are(
@@ -34,6 +34,16 @@ def test_of_a_model_with_several_inputs_the_text_part_counts(tiny_checkpoint: Pa
     found = find_model_files(folder)
     assert found is not None
     assert found.config == text
+
+
+def test_a_models_config_is_read_where_its_weights_are_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    whole = find_model_files(tiny_checkpoint)
+    assert whole is not None
+    assert find_model_config(folder) == find_model_config(tiny_checkpoint) == whole.config
+    with pytest.raises(UnsupportedModel, match="no model folder"):
+        find_model_config(tmp_path / "mdel")
 
 
 def test_a_file_that_the_index_names_must_be_there(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from agentrl.models import (
     context_length,
     head,
     load_model,
+    load_settings,
     load_tokenizer,
     stop_token_ids,
 )
@@ -205,3 +207,21 @@ def test_stop_tokens_are_those_of_the_generation_config(ids: Any, expected: tupl
     model = build(tiny("Qwen3", head_dim=8))
     model.generation_config = GenerationConfig(eos_token_id=ids)
     assert stop_token_ids(model) == expected
+
+
+def test_settings_and_tokenizer_are_read_without_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder, model = tmp_path / "model", load_model(tiny_checkpoint)
+    shutil.copytree(tiny_checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert context_length(load_settings(folder)) == context_length(model) == 512
+    assert stop_token_ids(load_settings(folder)) == stop_token_ids(model) != ()
+    assert load_tokenizer(folder).get_vocab() == load_tokenizer(tiny_checkpoint).get_vocab()
+
+
+def test_without_a_generation_config_the_models_own_says_what_stops(tmp_path: Path) -> None:
+    tiny("Qwen3", head_dim=8).save_pretrained(tmp_path)
+    assert stop_token_ids(load_settings(tmp_path)) == (2,)
+
+
+def test_a_folder_without_a_config_has_no_settings(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="no config that can be read .*; give the folder or hub id of"):
+        load_settings(tmp_path)

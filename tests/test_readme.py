@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import agentrl
+from agentrl.config import EngineConfig
 
 _README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -44,6 +46,12 @@ def test_the_first_two_commands_are_the_quickstart_and_the_tests() -> None:
     install = 'pip install -c constraints.txt -e ".[dev]"'
     commands = [block.strip() for block in _blocks("bash")]
     assert commands[:2] == [f"{install} && agentrl train configs/quickstart.yaml", f"{install} && pytest"]
+
+
+def test_the_printed_engines_are_sections_of_a_configuration() -> None:
+    (block,) = _blocks("yaml")
+    engines = [EngineConfig.model_validate(one["engine"]) for one in yaml.safe_load_all(block)]
+    assert [engine.kind for engine in engines] == ["embedded", "vllm", "openai"]
 
 
 def test_every_packaged_configuration_begins_with_the_command_that_runs_it() -> None:

@@ -13,13 +13,13 @@ import pytest
 
 import agentrl
 from agentrl import registry
-from agentrl.env import ToolEnv
 from agentrl.errors import UnknownName, UserError
 from agentrl.reward import Evidence
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 
 SOURCE = """
-from agentrl.env import ToolEnv
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 
 def always(evidence):

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from agentrl.chats import Chats
 from agentrl.config import RolloutConfig
 from agentrl.engine import Engine, Sampling
-from agentrl.env import Env, Step, ToolEnv
+from agentrl.env import Env, Step
 from agentrl.errors import AgentRLError, EngineError, UserError, WorldError
 from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
 from agentrl.threads import in_thread
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Completion, Group, Message, Task, Trajectory
 
@@ -324,6 +325,42 @@ def test_siblings_see_the_same_start(scripted_engine: Any, chats: Chats) -> None
     starts = [{trajectory.messages[0].content for trajectory in group.trajectories} for group in groups]
     assert [len(start) for start in starts] == [1, 1]
     assert starts[0] != starts[1]
+
+
+def test_overlapping_calls_share_one_bound_and_an_earlier_calls_episodes_begin_first(
+    scripted_engine: Any, chats: Chats
+) -> None:
+    class Counted(Desk):
+        open_at_once: ClassVar[list[int]] = []
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.open_at_once.append(len(self.made) - len(self.closed))
+
+    rollouts = Rollouts(
+        Counted,
+        chat=chats,
+        engine=scripted_engine("3"),
+        limits=RolloutConfig(max_turn_tokens=64, max_episode_tokens=512),
+        in_flight=3,
+    )
+    made_before: list[int] = []
+
+    async def overlapping() -> list[list[Group]]:
+        calls = [
+            rollouts.groups(
+                plans(tasks=4, siblings=2),
+                sampling=SAMPLING,
+                on_begin=lambda: made_before.append(len(Counted.made)),
+            )
+            for _ in range(3)
+        ]
+        return await asyncio.wait_for(asyncio.gather(*calls), 30)
+
+    outcomes = asyncio.run(overlapping())
+    assert [len(group.valid) for groups in outcomes for group in groups] == [2] * 12
+    assert max(Counted.open_at_once) == 3
+    assert made_before == [0, 8, 16]
 
 
 def test_groups_come_in_the_plans_order_and_neighbours_of_one_task_stay_two(

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentrl.samples import to_samples
+from agentrl.samples import oldest_version, to_samples
 from agentrl.types import Completion, IntArray, Score, Trajectory, Turn
 
 
@@ -27,6 +27,16 @@ def trajectory(*turns: Turn) -> Trajectory:
     return Trajectory(
         task_id="t", sibling=2, seed=0, turns=turns, messages=(), stop_reason="answered", score=Score(1.0)
     )
+
+
+def test_a_samples_oldest_version_is_that_of_its_oldest_sampled_token() -> None:
+    versions = ([5, 5], [6, 7], [4])
+    turns = [
+        Turn(ids([1]), Completion(ids([2] * len(each)), np.zeros(len(each)), ids(each), "stop"))
+        for each in versions
+    ]
+    (whole,), (later,) = to_samples(trajectory(*turns)), to_samples(trajectory(turns[1]))
+    assert (oldest_version(whole), oldest_version(later)) == (4, 6)
 
 
 IDS = st.lists(st.integers(0, 999), max_size=4)

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM
 
 import agentrl
 from agentrl.engine import Adapter
-from agentrl.env import ToolEnv
 from agentrl.errors import BadConfig, CannotWrite, WorldError
 from agentrl.learner import Learner, Optimization
 from agentrl.log import Row, RunFolder, RunLog, read_rows
 from agentrl.seeds import derive
 from agentrl.threads import in_compute_thread, run_sync
+from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Sample, Task
 
 SEED = 4

@@ -69,3 +69,23 @@ def test_a_report_names_the_longest_waits_and_counts_the_others() -> None:
     assert "task 0" not in report
     assert [f"task {index}" in report for index in range(1, 8)] == [True] * 5 + [False] * 2
     assert report.endswith("and 2 more")
+
+
+def test_one_watch_is_kept_for_all_who_have_it_open_and_ends_with_the_last() -> None:
+    said: list[str] = []
+    reported = asyncio.Event()
+
+    def on_stall(text: str) -> None:
+        said.append(text)
+        reported.set()
+
+    async def shared() -> None:
+        watchdog = Watchdog(quiet_s=0.02, on_stall=on_stall)
+        async with watchdog:
+            async with watchdog:
+                assert len(asyncio.all_tasks()) == 2
+            await asyncio.wait_for(reported.wait(), 30)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(shared())
+    assert said

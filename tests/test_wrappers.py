@@ -11,8 +11,9 @@ from typing import Any
 import gymnasium
 import pytest
 
-from agentrl.env import Env, ToolEnv
+from agentrl.env import Env
 from agentrl.reward import Evidence
+from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.transcript import message_from_json
 from agentrl.types import Message, Task, ToolCall

@@ -52,9 +52,10 @@ T = TypeVar("T")
 
 __all__ = ["OpenAIEngine", "OpenAISettings", "fit_for_training"]
 
-_PROBE_TEXT = "2 + 2 ="
-# So flat that a distribution after temperature is all but uniform, and one before it is not.
-_PROBE = Sampling(max_tokens=16, seed=0, temperature=1000.0)
+_PROBE_TEXT = "Random numbers: 7, 963, 41,"  # nobody is certain of how it goes on
+# Of one token to choose from, a distribution as it is sampled from is certain, and one before that is not.
+_PROBE = Sampling(max_tokens=16, seed=0, temperature=2.0, top_k=1)
+_MOST_PUSHES = 3  # of an adapter during one request: a server may be restarted while it gets it again
 _CLOSE_S = 10.0  # for a server to forget our adapters; one that is gone keeps nobody waiting
 
 
@@ -244,13 +245,15 @@ class OpenAIEngine:
         """The reply of ``served``, which a server that has forgotten it since, restarted say, gets again."""
         named = body | {"model": served.name}
         with served.in_use():
-            try:
-                return await self._server.post("completions", named, read=read)
-            except Refused as refused:
-                if served.folder is None or refused.status != httpx.codes.NOT_FOUND:
-                    raise
-            await self._push(served)
-            return await self._server.post("completions", named, read=read)
+            for _ in range(1 + _MOST_PUSHES):
+                try:
+                    return await self._server.post("completions", named, read=read)
+                except Refused as refused:
+                    if served.folder is None or refused.status != httpx.codes.NOT_FOUND:
+                        raise
+                    said = refused.refusal
+                await self._push(served)
+        raise EngineError(f"{said}. It was given that adapter {_MOST_PUSHES} times during one request")
 
     def _read(
         self, response: httpx.Response, *, prompt_ids: IntArray, sampling: Sampling, version: int

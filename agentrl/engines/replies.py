@@ -35,8 +35,7 @@ _IMPOSSIBLE = -9998.0  # nats; vLLM writes -9999 for minus infinity
 _ROUNDING = 1e-3  # nats above 0 that a logprob may be through rounding
 # At the probe's temperature of 1000 logprobs after temperature differ by a thousandth of the logits' range,
 # so by less than this where logits range over 500, and each is about minus the log of the vocabulary's size.
-_FLAT_SPREAD = 0.5  # nats
-_FLAT_HIGHEST = -1.0  # nats
+_CERTAIN = 1e-3  # nats below 0 that a certain token may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +141,13 @@ def check_stop(token_ids: IntArray, finish: Finish, stop_token_ids: Sequence[int
 
 
 def find_distribution_fault(probe: Completion) -> str:
-    """Why the logprobs of a completion at a very high temperature are not those of the distribution that was
-    sampled from; "" where they are."""
-    spread = float(np.ptp(probe.logprobs))
-    if spread <= _FLAT_SPREAD and probe.logprobs.max() <= _FLAT_HIGHEST:
+    """Why the logprobs of a completion that was sampled with a top_k of 1 are not those of the distribution
+    that was sampled from; "" where they are."""
+    if probe.logprobs.min() >= -_CERTAIN:
         return ""
     return (
-        f"at a very high temperature, where all tokens are about as likely, its logprobs range from "
-        f"{probe.logprobs.min():.2f} to {probe.logprobs.max():.2f} nats: they are not of the distribution "
-        "after temperature that it samples from"
+        f"where only one token can be sampled its logprobs go down to {probe.logprobs.min():.2f} nats: "
+        "they are not of the distribution after temperature that it samples from"
     )
 
 

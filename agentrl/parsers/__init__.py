@@ -10,13 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from agentrl.errors import UnknownName, UnsupportedModel, did_you_mean
 from agentrl.types import CallStatus
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["Parsed", "ParsedCall", "Parser", "detect_parser", "get_parser"]
 
+_VLLM: Final = "vllm:"  # before the name of one of vLLM's parsers
 # What the templates of each family contain, the surest first.
 _TEMPLATES: Final[Mapping[str, re.Pattern[str]]] = {
     "deepseek_v3": re.compile("<｜tool▁call▁begin｜>"),
@@ -56,13 +60,18 @@ class Parser(Protocol):
         """Read one assistant turn; ``tools`` are the parameters' JSON schemas by tool name. Never raises."""
         ...
 
-    def render(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """The text that :meth:`parse` reads as this call."""
-        ...
 
+def get_parser(name: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -> Parser:
+    """The parser called ``name``; ``vllm:NAME`` is one of vLLM's, which asks the model's ``tokenizer``.
 
-def get_parser(name: str) -> Parser:
-    """The parser called ``name``. Raises UnknownName."""
+    Raises UnknownName; of vLLM's also MissingExtra and UnsupportedModel.
+    """
+    if name.startswith(_VLLM):
+        from agentrl.parsers.vllm import VLLMParser
+
+        if tokenizer is None:
+            raise ValueError(f"get_parser({name!r}) needs the model's tokenizer: pass tokenizer=")
+        return VLLMParser(name.removeprefix(_VLLM), tokenizer=tokenizer)
     from agentrl.parsers.deepseek_v3 import DeepSeekV3Parser
     from agentrl.parsers.hermes import HermesParser
     from agentrl.parsers.llama3_json import Llama3JsonParser
@@ -82,8 +91,8 @@ def get_parser(name: str) -> Parser:
     if name not in parsers:
         known = ", ".join(sorted(parsers))
         raise UnknownName(
-            f"no tool-call parser named {name!r}{did_you_mean(name, parsers)}; there is: {known}. "
-            "Choose the one whose format the model's chat template shows."
+            f"no tool-call parser named {name!r}{did_you_mean(name, parsers)}; there is: {known}, "
+            "and vllm:NAME for vLLM's. Choose the one whose format the model's chat template shows."
         )
     return parsers[name]()
 
@@ -102,5 +111,6 @@ def detect_parser(chat_template: str) -> str:
     raise UnsupportedModel(
         "the chat template writes tool calls in a format that no parser here reads; "
         f"there is: {', '.join(sorted(_TEMPLATES))}. "
-        "Give the tokenizer a chat template of such a format, or name the parser where it is one."
+        "Give the tokenizer a chat template of such a format, or name the parser where it is one: "
+        "model.parser, which also takes vllm:NAME, any of vLLM's."
     )

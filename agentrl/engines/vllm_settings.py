@@ -1,0 +1,163 @@
+"""What vLLM is started with: the engine arguments, whose they are, and the environment of its processes.
+
+Whatever vLLM takes may be set by vLLM's own name, except what agentrl's contract rests on: token ids in and
+out, logprobs of the distribution that was sampled from, adapters under names that are used once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from agentrl.engines.vllm_worker import HOME_VARIABLE, OWNER_VARIABLE
+from agentrl.errors import BadConfig, did_you_mean
+
+__all__ = ["LORA_SLOTS", "VLLMSettings", "engine_arguments", "environment"]
+
+LORA_SLOTS = 2  # adapters at once: the one that is served, and the one before it until its requests are done
+_CPU_BLOCK = 32  # tokens; vLLM's 128 on a CPU reuses nothing of a shorter past, and it wants multiples of 32
+_CPU_CACHE_BYTES = 4 << 30  # of keys and values, where nobody says how many; vLLM would take most of memory
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 has buffers for
+
+_QUIET: Mapping[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
+
+_LORA = "agentrl serves adapters by itself, of the rank that lora.r says"
+_IDS = "agentrl sends token ids and tokenises nothing here"
+_SAMPLED = "the learner could not know what was sampled from"
+_PARALLEL = "adapters are read back from one whole copy of the model; give each run a GPU, or leave it out"
+# Arguments that agentrl sets, or that its contract does not allow, each with what to do instead.
+_OWNED: Mapping[str, str] = {
+    "model": "set model.path",
+    "model_weights": "set model.path",
+    "tokenizer": _IDS,
+    "tokenizer_mode": _IDS,
+    "tokenizer_revision": _IDS,
+    "skip_tokenizer_init": _IDS,
+    "dtype": "set model.dtype",
+    "seed": "set seed; every request has a seed of its own",
+    "max_model_len": "set rollout.max_episode_tokens",
+    "max_num_seqs": "set engine.max_sequences",
+    "enable_lora": _LORA,
+    "max_loras": _LORA,
+    "max_cpu_loras": _LORA,
+    "max_lora_rank": _LORA,
+    "lora_dtype": _LORA,
+    "lora_target_modules": _LORA,
+    "fully_sharded_loras": _LORA,
+    "default_mm_loras": _LORA,
+    "logprobs_mode": "training needs processed_logprobs",
+    "logits_processors": _SAMPLED,
+    "watermark_config": _SAMPLED,
+    "generation_config": f"it would change what is sampled, and {_SAMPLED}",
+    "override_generation_config": f"it would change what is sampled, and {_SAMPLED}",
+    "enable_prefix_caching": "it is always on: a turn's prompt is the turn before and what is new",
+    "worker_extension_cls": "agentrl reads adapters back through its own",
+    "enable_sleep_mode": "it is on wherever vLLM can sleep",
+    "runner": "agentrl generates",
+    "convert": "agentrl generates",
+    "data_parallel_size": _PARALLEL,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMSettings:
+    """Which model vLLM serves, and how."""
+
+    model: str | Path  # folder or hub id of the base
+    context: int  # tokens, prompt and completion together
+    max_sequences: int  # requests decoded at once
+    max_lora_rank: int | None = None  # of the adapters to come; None: the bare base alone
+    dtype: str = "auto"  # of the base and the adapters; auto: as the checkpoint says
+    # Requests in flight when new weights come finish under those that they began with, or go on with the new.
+    swap: Literal["finish", "continue"] = "finish"
+    args: Mapping[str, Any] = field(default_factory=dict)  # AsyncEngineArgs by vLLM's own names
+
+    def __post_init__(self) -> None:
+        for name in self.args:
+            if name in _OWNED:
+                raise BadConfig(f"engine.args.{name} can't be set: {_OWNED[name]}")
+        if self.max_lora_rank is not None and self.max_lora_rank > _RANKS[-1]:
+            raise BadConfig(
+                f"lora.r is {self.max_lora_rank}; vLLM serves adapters of a rank of at most {_RANKS[-1]}"
+            )
+        parallel = self.args.get("tensor_parallel_size", 1)
+        if parallel != 1 and self.max_lora_rank is not None:
+            raise BadConfig(
+                f"engine.args.tensor_parallel_size is {parallel}; it must be 1 to train: {_PARALLEL}"
+            )
+
+
+def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bool) -> dict[str, Any]:
+    """The keyword arguments of vLLM's AsyncEngineArgs, whose fields are ``known``.
+
+    Raises BadConfig for an argument that vLLM does not have.
+    """
+    known = set(known)
+    for name in settings.args:
+        if name not in known:
+            hint = did_you_mean(name, known - set(_OWNED))
+            raise BadConfig(
+                f"engine.args.{name} is no argument of this vLLM's engine{hint}; see vLLM's AsyncEngineArgs"
+            )
+    given = {**(_cpu_defaults() if on_cpu else {}), **_QUIET, **settings.args}
+    return {**given, **_lora_arguments(settings.max_lora_rank), **_contract(settings, sleeps=not on_cpu)}
+
+
+def _contract(settings: VLLMSettings, *, sleeps: bool) -> dict[str, Any]:
+    return {
+        "model": str(settings.model),
+        "dtype": settings.dtype,
+        "max_model_len": settings.context,
+        "max_num_seqs": settings.max_sequences,
+        "skip_tokenizer_init": True,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",  # the model's own would change temperature, top-k or what ends a turn
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": sleeps,
+        "worker_extension_cls": "agentrl.engines.vllm_worker.AdapterReader",
+    }
+
+
+def _lora_arguments(rank: int | None) -> dict[str, Any]:
+    if rank is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": LORA_SLOTS,
+        "max_cpu_loras": LORA_SLOTS,
+        "max_lora_rank": next(room for room in _RANKS if rank <= room),
+    }
+
+
+def _cpu_defaults() -> dict[str, Any]:
+    explicit = "VLLM_CPU_KVCACHE_SPACE" in os.environ  # which vLLM puts above the argument
+    return {"block_size": _CPU_BLOCK} | ({} if explicit else {"kv_cache_memory_bytes": _CPU_CACHE_BYTES})
+
+
+# For vLLM's processes, where the user has not set them.
+_ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the program's
+    "VLLM_NO_USAGE_STATS": "1",  # nothing is reported to anybody
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forking a process with threads copies locks that nobody frees
+}
+
+
+@contextmanager
+def environment(home: Path) -> Iterator[None]:
+    """The environment in which vLLM is imported and its processes are started, with ``home`` as their owner's
+    folder; afterwards this process' own is as before, without what vLLM added to it for its children."""
+    before = dict(os.environ)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ[OWNER_VARIABLE], os.environ[HOME_VARIABLE] = str(os.getpid()), str(home)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)

@@ -1,0 +1,122 @@
+"""What runs inside vLLM's worker processes: adapters are read back, and no worker outlives its owner.
+
+vLLM loads this module by name in every worker (``worker_extension_cls``) and mixes :class:`AdapterReader`
+into the worker's class. Loading it starts a thread that waits for the end of the process that started vLLM:
+vLLM's core does not notice when that one is killed, and would keep its memory for ever. Which process that
+is, and which folder to remove then, says the environment; without it nothing is watched.
+
+Not covered: layers whose adapter is not a pair of stacked matrices (mixtures of experts), and tensor
+parallelism, where a worker holds a part of each matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["HOME_VARIABLE", "OWNER_VARIABLE", "AdapterReader", "digest"]
+
+OWNER_VARIABLE = "AGENTRL_VLLM_OWNER"  # process id of whoever started vLLM
+HOME_VARIABLE = "AGENTRL_VLLM_HOME"  # its folder of adapters
+
+
+def digest(matrix: Tensor) -> str:
+    """SHA-256 of a matrix (rows, columns): its dtype and the smallest block from its corner that holds all
+    that is not zero, so that it is the same with and without the zeros that pad it."""
+    places = matrix.nonzero()
+    rows, columns = (int(size) + 1 for size in places.amax(0)) if len(places) else (0, 0)
+    block = matrix[:rows, :columns].detach().cpu().contiguous()
+    hashed = hashlib.sha256(f"{block.dtype} {rows} {columns} ".encode())
+    hashed.update(block.view(torch.uint8).numpy().tobytes() if block.numel() else b"")
+    return hashed.hexdigest()
+
+
+class AdapterReader:
+    """Methods of vLLM's worker, called through ``collective_rpc``; ``self`` is the worker."""
+
+    def agentrl_read_adapter(self, adapter: int, modules: Sequence[str]) -> dict[str, str]:
+        """Digests of what the kernels read for the adapter of id ``adapter``; {} where it has no slot.
+
+        Keys are ``module.A`` and ``module.B``: under the names of ``modules``, those of PEFT, for the layers
+        that vLLM takes these for, else under vLLM's own. Matrices of zeros are left out.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
+        if adapter not in manager.lora_index_to_id:
+            return {}
+        slot = manager.lora_index_to_id.index(adapter)
+        names = _renamed(manager.model, modules)
+        found = ((names.get(name, name), pair) for name, pair in _pairs(manager))
+        return {
+            f"{name}.{side}": digest(stacked[slot, 0])
+            for name, pair in found
+            for side, stacked in zip("AB", pair, strict=True)
+            if bool(stacked[slot, 0].any())
+        }
+
+
+def _renamed(model: Any, modules: Sequence[str]) -> dict[str, str]:
+    """PEFT's names by those that vLLM gives the same layers, which are others for some architectures."""
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapper = None if mapper is None else mapper.get_rename_mapper()
+    return {
+        parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)[0]: name
+        for name in modules
+    }
+
+
+def _pairs(manager: Any) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each layer's name and its stacked matrices A and B (slots, 1, rows, columns); a packed layer, such as
+    query, key and value in one, as the layers that it is packed of."""
+    for name, layer in manager.modules.items():
+        stacked = [_as_tuple(getattr(layer, f"lora_{side}_stacked", ())) for side in "ab"]
+        packed = manager.packed_modules.get(name, ())
+        parts = packed if len(packed) == len(stacked[0]) else [name] * len(stacked[0])
+        yield from zip(parts, zip(*stacked, strict=True), strict=True)
+
+
+def _as_tuple(tensors: Any) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
+
+
+def _end_with(owner: int, home: str) -> None:
+    """Wait for the end of the process ``owner``, then end this process and those between the two."""
+    between = _ancestors_below(owner)
+    descriptor = os.pidfd_open(owner)
+    select.select([descriptor], [], [])
+    shutil.rmtree(home, ignore_errors=True)
+    for process in (*between, os.getpid()):
+        os.kill(process, signal.SIGKILL)
+
+
+def _ancestors_below(owner: int) -> list[int]:
+    """Process ids from the child of ``owner`` down to this process' parent; none where it is no ancestor."""
+    chain: list[int] = []
+    process = os.getppid()
+    while process not in (0, owner):
+        chain.insert(0, process)
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            process = int(file.read().rpartition(")")[2].split()[1])
+    return chain if process == owner else []
+
+
+def _watch() -> None:
+    """Start the thread, in a worker that was told its owner; the first fields after a command's name in
+    Linux' /proc/PID/stat are its state and its parent (proc_pid_stat(5))."""
+    owner = int(os.environ.get(OWNER_VARIABLE, "0"))
+    if owner and owner != os.getpid() and hasattr(os, "pidfd_open"):
+        home = os.environ[HOME_VARIABLE]
+        threading.Thread(target=_end_with, args=(owner, home), name="agentrl-owner", daemon=True).start()
+
+
+_watch()

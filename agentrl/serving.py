@@ -1,0 +1,82 @@
+"""Which engine serves the policy: made here from the ``engine`` section, whatever it samples with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agentrl.config import EngineConfig, RolloutConfig
+from agentrl.engine import Engine
+from agentrl.engines.embedded import EmbeddedEngine
+from agentrl.engines.openai import OpenAIEngine, OpenAISettings
+from agentrl.engines.server import ServerSettings
+from agentrl.engines.vllm import VLLMEngine, VLLMSettings
+
+__all__ = ["Served", "open_engine"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What is to be served, and for what."""
+
+    base: str | Path  # the model's folder or hub id
+    model: Any | None  # the same, in memory and without an adapter; the embedded engine needs it
+    tokenizer: Any
+    dtype: str = "auto"  # that the base is served in
+    limits: RolloutConfig
+    max_lora_rank: int | None  # of the adapters to come; None: the base alone
+    training: bool  # whether what is sampled is learnt from
+    seed: int = 0  # of the pauses before retries
+
+
+async def open_engine(
+    settings: EngineConfig, served: Served, *, on_note: Callable[[str], None] = lambda note: None
+) -> Engine:
+    """An engine that is ready for requests; ``on_note`` gets lines for people.
+
+    Raises UserError for what can't be served like that, EngineError where a server can't be reached.
+    """
+    if settings.kind == "embedded":
+        return EmbeddedEngine(served.model, max_sequences=settings.max_sequences)
+    if settings.kind == "vllm":
+        return await VLLMEngine.start(_vllm(settings, served), on_note=on_note)
+
+    def encode(text: str) -> Sequence[int]:
+        ids: Sequence[int] = served.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    jitter = random.Random(served.seed)
+    return await OpenAIEngine.connect(_openai(settings, served), encode=encode, jitter=jitter)
+
+
+def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
+    return VLLMSettings(
+        model=served.base,
+        context=served.limits.max_episode_tokens,
+        max_sequences=settings.max_sequences,
+        max_lora_rank=served.max_lora_rank,
+        dtype=served.dtype,
+        swap=settings.swap,
+        args=settings.args,
+    )
+
+
+def _openai(settings: EngineConfig, served: Served) -> OpenAISettings:
+    assert settings.url is not None, "the configuration asks for one"
+    return OpenAISettings(
+        server=ServerSettings(
+            url=settings.url,
+            api_key_env=settings.api_key_env,
+            max_connections=settings.max_sequences,
+            deadline_s=served.limits.request_deadline_s,
+            retries=settings.request_retries,
+            backoff_s=settings.backoff_s,
+        ),
+        model=settings.model or str(served.base),
+        dialect=settings.dialect,
+        training=served.training,
+        adapter_dir=None if settings.adapter_dir is None else Path(settings.adapter_dir),
+    )
