@@ -217,6 +217,7 @@ def evaluate(
         tokenizer=tokenizer,
         limits=limits,
         max_lora_rank=None if loras is None else int(loras.config["r"]),
+        lora_modules=None if loras is None else _names(loras.config["target_modules"]),
         training=False,
         seed=seed,
     )
@@ -235,6 +236,11 @@ def evaluate(
         )
 
     return run_sync(_with_engine(engine, served, loras, run, on_note=on_note))
+
+
+def _names(targets: str | Iterable[str]) -> list[str] | None:
+    """The last parts of the names that PEFT's target modules are; None for a pattern."""
+    return None if isinstance(targets, str) else sorted({name.rpartition(".")[2] for name in targets})
 
 
 async def _with_engine(

@@ -30,6 +30,7 @@ __all__ = [
     "context_length",
     "default_device",
     "head",
+    "linear_layers",
     "load_model",
     "load_settings",
     "load_tokenizer",
@@ -153,6 +154,14 @@ def stop_token_ids(model: Any) -> tuple[int, ...]:
     gave."""
     ids = model.generation_config.eos_token_id
     return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (ids,)
+
+
+def linear_layers(model: Any) -> list[str]:
+    """The last parts of the names of the linear layers below the head: PEFT's "all-linear"."""
+    head = model.get_output_embeddings()
+    layers = model.named_modules()
+    found = (name for name, layer in layers if isinstance(layer, nn.Linear) and layer is not head)
+    return sorted({name.rpartition(".")[2] for name in found})
 
 
 def backbone(model: Any, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:

@@ -28,6 +28,7 @@ class Served:
     dtype: str = "auto"  # that the base is served in
     limits: RolloutConfig
     max_lora_rank: int | None  # of the adapters to come; None: the base alone
+    lora_modules: Sequence[str] | None = None  # last parts of the adapted layers' names; None: any layer
     training: bool  # whether what is sampled is learnt from
     seed: int = 0  # of the pauses before retries
 
@@ -58,6 +59,7 @@ def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
         context=served.limits.max_episode_tokens,
         max_sequences=settings.max_sequences,
         max_lora_rank=served.max_lora_rank,
+        lora_modules=served.lora_modules,
         dtype=served.dtype,
         swap=settings.swap,
         args=settings.args,

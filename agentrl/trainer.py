@@ -25,7 +25,7 @@ from agentrl.errors import EngineError
 from agentrl.faults import check_invalid
 from agentrl.learner import Learner
 from agentrl.metrics import describe_groups, describe_rollout, describe_staleness
-from agentrl.models import default_device, load_model, stop_token_ids
+from agentrl.models import default_device, linear_layers, load_model, stop_token_ids
 from agentrl.prepare import make_chats, make_schedule
 from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.samples import oldest_version, to_samples
@@ -38,7 +38,7 @@ from agentrl.types import Group, Sample
 __all__ = ["RolledOut", "Trainer"]
 
 _CANARIES = 4  # prompts, of different tasks
-_CANARY_TOKENS = 256  # of a prompt, at most
+_CANARY_TOKENS = 128  # of a prompt, at most: its last ones, as all may begin alike
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +86,7 @@ class Trainer:
             dtype=str(model.dtype).removeprefix("torch."),
             limits=config.rollout,
             max_lora_rank=config.lora.r,
+            lora_modules=_adapted(model, config.lora.target_modules),
             training=True,
             seed=derive(config.seed, "retries"),
         )
@@ -213,7 +214,7 @@ class Trainer:
         """A proof of weights on the openings of these groups; None where no episode has one."""
         episodes = [group.valid[0] for group in groups if group.valid][:_CANARIES]
         room = self._config.rollout.max_episode_tokens - 2 * SAMPLED_TOKENS - 1
-        prompts = [episode.turns[0].new_ids[: min(room, _CANARY_TOKENS)] for episode in episodes]
+        prompts = [episode.turns[0].new_ids[-min(room, _CANARY_TOKENS) :] for episode in episodes]
         if not prompts or room < 2:
             return None
         # An engine of another process casts adapters to the precision of the base.
@@ -252,6 +253,11 @@ class Trainer:
         self.version = version
         if version:  # until then the engine had no adapter
             await self._engine.load(adapter, version)
+
+
+def _adapted(model: Any, targets: str | Sequence[str]) -> Sequence[str]:
+    """The last parts of the names of the layers that get an adapter."""
+    return linear_layers(model) if isinstance(targets, str) else targets
 
 
 def _make_learner(config: RunConfig, model: Any) -> Learner:

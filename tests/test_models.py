@@ -19,6 +19,7 @@ from agentrl.models import (
     check_forward,
     context_length,
     head,
+    linear_layers,
     load_model,
     load_settings,
     load_tokenizer,
@@ -225,3 +226,11 @@ def test_without_a_generation_config_the_models_own_says_what_stops(tmp_path: Pa
 def test_a_folder_without_a_config_has_no_settings(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="no config that can be read .*; give the folder or hub id of"):
         load_settings(tmp_path)
+
+
+def test_the_layers_that_adapters_take_are_pefts_all_linear(make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    names = linear_layers(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    targets = adapted.peft_config["default"].target_modules
+    assert names == sorted({target.rpartition(".")[2] for target in targets})

@@ -7,7 +7,7 @@ out, logprobs of the distribution that was sampled from, adapters under names th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +71,7 @@ class VLLMSettings:
     context: int  # tokens, prompt and completion together
     max_sequences: int  # requests decoded at once
     max_lora_rank: int | None = None  # of the adapters to come; None: the bare base alone
+    lora_modules: Sequence[str] | None = None  # last parts of the adapted layers' names; None: any layer
     dtype: str = "auto"  # of the base and the adapters; auto: as the checkpoint says
     # Requests in flight when new weights come finish under those that they began with, or go on with the new.
     swap: Literal["finish", "continue"] = "finish"
@@ -83,6 +84,11 @@ class VLLMSettings:
         if self.max_lora_rank is not None and self.max_lora_rank > _RANKS[-1]:
             raise BadConfig(
                 f"lora.r is {self.max_lora_rank}; vLLM serves adapters of a rank of at most {_RANKS[-1]}"
+            )
+        if "lm_head" in (self.lora_modules or ()):
+            raise BadConfig(
+                "lora.target_modules names lm_head; vLLM fails to score prompts where the head is adapted: "
+                "leave it out, or set engine.kind to embedded"
             )
         parallel = self.args.get("tensor_parallel_size", 1)
         if parallel != 1 and self.max_lora_rank is not None:
@@ -104,7 +110,7 @@ def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bo
                 f"engine.args.{name} is no argument of this vLLM's engine{hint}; see vLLM's AsyncEngineArgs"
             )
     given = {**(_cpu_defaults() if on_cpu else {}), **_QUIET, **settings.args}
-    return {**given, **_lora_arguments(settings.max_lora_rank), **_contract(settings, sleeps=not on_cpu)}
+    return {**given, **_lora_arguments(settings), **_contract(settings, sleeps=not on_cpu)}
 
 
 def _contract(settings: VLLMSettings, *, sleeps: bool) -> dict[str, Any]:
@@ -122,10 +128,14 @@ def _contract(settings: VLLMSettings, *, sleeps: bool) -> dict[str, Any]:
     }
 
 
-def _lora_arguments(rank: int | None) -> dict[str, Any]:
+def _lora_arguments(settings: VLLMSettings) -> dict[str, Any]:
+    rank = settings.max_lora_rank
     if rank is None:
         return {}
+    # The head, which vLLM would wrap, too, takes prompts to be scored for as many rows as there are requests.
+    modules = None if settings.lora_modules is None else list(settings.lora_modules)
     return {
+        "lora_target_modules": modules,
         "enable_lora": True,
         "max_loras": LORA_SLOTS,
         "max_cpu_loras": LORA_SLOTS,

@@ -477,6 +477,13 @@ def test_ranks_are_rounded_up_to_what_vllm_has_and_the_users_arguments_pass_thro
     assert not arguments["enable_sleep_mode"]
 
 
+def test_only_the_adapted_layers_are_wrapped_and_never_the_head() -> None:
+    arguments = engine_arguments(settings(lora_modules=("q_proj", "down_proj")), known=(), on_cpu=True)
+    assert arguments["lora_target_modules"] == ["q_proj", "down_proj"]
+    with pytest.raises(BadConfig, match="names lm_head"):
+        settings(lora_modules=("q_proj", "lm_head"))
+
+
 def test_adapters_are_not_served_by_parts_and_not_beyond_vllms_ranks() -> None:
     with pytest.raises(BadConfig, match="tensor_parallel_size is 2; it must be 1 to train"):
         settings(args={"tensor_parallel_size": 2})

@@ -1,0 +1,129 @@
+"""Runs whose rollouts go through real vLLM: adapters swapped and proved, its core killed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import agentrl
+from agentrl.log import RunFolder, read_rows
+from agentrl.tiny import TinyShape, make_tiny_model
+from agentrl.tool_env import ToolEnv
+from agentrl.tools import tool
+from agentrl.types import Message, Task, ToolCall
+
+pytestmark = [
+    pytest.mark.vllm,
+    # vLLM's own, of this process' half of it.
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+    ),
+]
+
+STEPS = 4
+
+
+class Letters(ToolEnv):
+    """Rewards an answer of an odd number of characters: half of what random weights say."""
+
+    resets = 0
+    killed_at = 0  # the reset at which vLLM's core is killed; 0: never
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(id=f"{split}-{index}", prompt=(Message("user", f"Say {index}"),)) for index in range(8)]
+
+    def setup(self, task: Task) -> None:
+        Letters.resets += 1
+        if Letters.resets == Letters.killed_at:
+            core().kill()
+
+    @tool
+    def look(self, at: int) -> int:
+        """Look at a number."""
+        return at
+
+    def reward(self, evidence: Any) -> float:
+        return float(len(evidence.answer) % 2)
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (Message("assistant", "", (ToolCall("call_0", "look", {"at": 1}),)), Message("assistant", "a"))
+
+
+def core() -> psutil.Process:
+    """The process of vLLM's engine core."""
+    children = psutil.Process().children(recursive=True)
+    return next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    shape = TinyShape(
+        hidden_size=64, intermediate_size=96, layers=2, heads=2, kv_heads=1, vocab_size=320, max_position=512
+    )
+    texts = ['Look at a number. Say 1 {"name": "look", "arguments": {"at": 1}} 3'] * 20
+    make_tiny_model(path, texts=texts, seed=0, shape=shape)
+    return path
+
+
+def train(output: Path, model: Path, **settings: Any) -> list[dict[str, Any]]:
+    """The rows of a run's steps."""
+    Letters.resets = 0
+    config: dict[str, Any] = {
+        "name": "run",
+        "steps": STEPS,
+        "output": str(output),
+        "environment": {"id": f"{__name__}:Letters"},
+        "model": {"path": str(model), "dtype": "float32"},
+        "rollout": {"tasks_per_step": 4, "group_size": 4, "max_turn_tokens": 8, "max_episode_tokens": 384},
+        "lora": {"r": 4},
+        "algorithm": {"kl": 0.01},  # has every step make an update
+        "optimizer": {"learning_rate": 1e-2},
+        "engine": {
+            "kind": "vllm",
+            "max_sequences": 16,
+            "args": {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20},
+        },
+        "evaluation": {"tasks": 2, "samples": 1},
+        "log": {"trackers": []},
+    }
+    for section, values in settings.items():
+        config[section] = {**config.get(section, {}), **values}
+    agentrl.train(config)
+    return [row for row in read_rows(RunFolder(output / "run")) if row["phase"] == "train"]
+
+
+def test_every_version_is_proved_and_what_was_sampled_is_what_is_learnt(tmp_path: Path, model: Path) -> None:
+    rows = train(tmp_path, model)
+    assert len(rows) == STEPS
+    assert all(row["mismatch/mean"] < 1e-3 for row in rows)
+    assert all(row["canary/mean_nats"] < 1e-3 for row in rows)
+    assert all(row["canary/identified"] == 1 for row in rows[1:])  # each step moved what the canary sees
+    assert all(row["episode/valid"] == 1 and row["staleness/max"] == 0 for row in rows)
+
+
+def test_a_core_that_is_killed_in_a_rollout_costs_a_retry_and_nothing_else(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated, episodes = 2, 16
+    monkeypatch.setattr(Letters, "killed_at", evaluated + episodes + episodes // 2)  # half way in step 2
+    rows = train(tmp_path, model)
+    assert len(rows) == STEPS
+    assert sum(row["engine/restarts"] for row in rows) == 1
+    assert sum(row["fault/engine"] for row in rows) > 0
+    assert all(row["episode/valid"] == 1 for row in rows)
+    assert all(row["mismatch/mean"] < 1e-3 and row["canary/mean_nats"] < 1e-3 for row in rows)
+
+
+def test_rollouts_run_ahead_and_go_on_under_new_weights(tmp_path: Path, model: Path) -> None:
+    rows = train(
+        tmp_path, model, algorithm={"max_staleness": 2, "importance": "mask"}, engine={"swap": "continue"}
+    )
+    assert len(rows) == STEPS
+    assert max(row["staleness/max"] for row in rows) >= 1
+    assert all(row["staleness/max"] <= 2 and row["staleness/dropped"] == 0 for row in rows)
+    assert all(row["canary/mean_nats"] < 1e-3 for row in rows)
