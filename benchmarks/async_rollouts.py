@@ -35,6 +35,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +107,7 @@ async def _run(options: argparse.Namespace, model: str, sizes: Sizes) -> list[Ro
         training=False,
     )
     # Compiling takes a CPU minutes, which these few episodes would not earn.
-    given = {} if embedded else {"args": {"enforce_eager": not torch.cuda.is_available()}}
+    given: dict[str, Any] = {} if embedded else {"args": {"enforce_eager": not torch.cuda.is_available()}}
     settings = EngineConfig(kind=options.engine, max_sequences=sizes.episodes, **given)
     engine = await open_engine(settings, served)
     try:

@@ -102,7 +102,7 @@ def _served(path: str, model: Any, tokenizer: Any) -> Served:
 
 
 async def _engine(kind: str, served: Served) -> Engine:
-    given = {"args": _VLLM_ARGS} if kind == "vllm" else {}
+    given: dict[str, Any] = {"args": _VLLM_ARGS} if kind == "vllm" else {}
     return await open_engine(EngineConfig(kind=kind, max_sequences=PROMPTS * GROUP, **given), served)
 
 

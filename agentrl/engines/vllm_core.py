@@ -193,6 +193,9 @@ class VLLMCore:
         llm, self._running = self._running, None  # else vLLM complains when the interpreter ends
         if llm is not None:
             await in_thread(_shut_down, llm)
+            # By now vLLM has closed its sockets on this loop; their context it would leave to the collector.
+            ended = asyncio.ensure_future(in_thread(llm.engine_core.resources.ctx.term))
+            await asyncio.wait({ended}, timeout=_FAREWELL_S)
 
     @property
     def _llm(self) -> Any:

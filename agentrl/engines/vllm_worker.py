@@ -18,6 +18,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -96,7 +97,8 @@ def _end_with(owner: int, home: str) -> None:
     select.select([descriptor], [], [])
     shutil.rmtree(home, ignore_errors=True)
     for process in (*between, os.getpid()):
-        os.kill(process, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(process, signal.SIGKILL)
 
 
 def _ancestors_below(owner: int) -> list[int]:
