@@ -119,6 +119,16 @@ def schema_of(calls: Sequence[Call], name: str) -> dict[str, Any]:
     }
 
 
+def reads_as_another_type(calls: Sequence[Call], tools: Mapping[str, Any]) -> bool:
+    """Whether a text such as "0" stands where the schema also allows another type: vLLM's grammars, which
+    read arguments by the schema, take it for that."""
+    return any(
+        isinstance(value, str) and "anyOf" in tools[name]["properties"][key]
+        for name, arguments in calls
+        for key, value in arguments.items()
+    )
+
+
 def exactly(value: Any, *, whole_floats: bool) -> str:
     """As text, where True is not 1, and 1.0 not 1 with ``whole_floats``."""
     text = json.dumps(value, ensure_ascii=False)
@@ -180,13 +190,21 @@ def theirs(load: Loader) -> Reader:
 
 @pytest.mark.parametrize("family", FORMATS)
 @given(calls=conversations, text=before)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+# The same examples every time: what is met here for the first time is as likely vLLM's as ours.
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.filter_too_much],
+)
 def test_well_formed_calls_are_read_alike(theirs: Reader, family: str, calls: list[Call], text: str) -> None:
     form = FORMATS[family]
     said = form.join(calls)
     if re.search(form.breaks, json.dumps([arguments for _, arguments in calls], ensure_ascii=False)):
         return
     tools = {name: schema_of(calls, name) for name in ("add", "search")}
+    if not form.whole_floats and reads_as_another_type(calls, tools):
+        return
     text = "" if form.keeps == "refuses" else text
     expected, content = theirs(form, text + said, tools)
     ours = get_parser(form.name).parse(text + said, tools=tools)
