@@ -121,7 +121,7 @@ def evaluate(
     counts, sampling = _counts(k), _sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k)
     from agentrl.configfile import load_engine
 
-    served_by = load_engine(engine or (), max_sequences=64)
+    served_by = load_engine(engine or ())
     weights = served_by.kind != "openai"
     args = _check_evaluation(env, settings, model=model, weights=weights, split=split, json_path=json_path)
     from agentrl.evaluation import evaluate

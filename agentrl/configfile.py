@@ -67,13 +67,13 @@ def load_config(
         raise BadConfig("\n".join(f"{where}: {fault}" for fault in faults)) from None
 
 
-def load_engine(assignments: Sequence[str], *, max_sequences: int) -> EngineConfig:
+def load_engine(assignments: Sequence[str]) -> EngineConfig:
     """The ``engine`` section that ``key=value`` assignments make, each without the section's name; a word
     without a ``=`` is the kind.
 
     Raises BadConfig.
     """
-    values: dict[str, Any] = {"engine": {"max_sequences": max_sequences}}
+    values: dict[str, Any] = {"engine": {}}
     for key, value in parse_assignments(a if "=" in a else f"kind={a}" for a in assignments).items():
         _assign(values, f"engine.{key}", value)
     try:

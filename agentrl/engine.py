@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from agentrl.types import Completion, FloatArray, IntArray
 
-__all__ = ["Adapter", "Engine", "Measured", "Sampling"]
+__all__ = ["Adapter", "Engine", "Measured", "Sampling", "Sleeper"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,4 +80,17 @@ class Measured(Protocol):
     def take_figures(self) -> dict[str, float]:
         """Seconds and tokens since the last call, under their metrics' names: amounts, which add up, also
         while requests are in flight."""
+        ...
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that can leave its GPU to the learner for a while."""
+
+    async def sleep(self) -> None:
+        """Free the GPU until :meth:`wake`; requests wait meanwhile."""
+        ...
+
+    async def wake(self) -> None:
+        """Take the GPU again."""
         ...

@@ -184,7 +184,7 @@ def evaluate(
     seed: int = 0,
     sampling: Sampling | None = None,  # max_tokens of a turn, temperature, top_p, top_k; its seed is not used
     context: int = 2048,  # tokens of a whole conversation; at most the model's
-    engine: EngineConfig = EngineConfig(max_sequences=64),  # noqa: B008  frozen
+    engine: EngineConfig | None = None,  # None: the embedded one
     success: float = 1.0,  # the return from which an episode passes
     args: Mapping[str, Any] | None = None,  # keyword arguments of the environment
     on_episode: Callable[[], None] = lambda: None,
@@ -201,6 +201,7 @@ def evaluate(
     ks = tuple(k)
     if not ks or max(ks) > n or min(ks) < 1:
         raise BadConfig(f"k is {list(ks)}: each must be at least 1 and at most n, {n}; raise -n or lower -k")
+    engine = engine or EngineConfig()
     sampling = sampling or Sampling(max_tokens=512, seed=0)
     make_env = _factory(environment, dict(args or {}))
     available = tasks_available(make_env(), split, wanted=tasks)

@@ -75,15 +75,7 @@ async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[],
     with closing(make_env()) as env:
         indices = make_schedule(config, env, "tokenizer").take(0, tiny.texts)
         texts = [text for index in indices for text in await _gold_texts(config, env, index)]
-    shape = TinyShape(
-        hidden_size=tiny.hidden_size,
-        intermediate_size=tiny.intermediate_size,
-        layers=tiny.layers,
-        heads=tiny.heads,
-        kv_heads=tiny.kv_heads,
-        vocab_size=tiny.vocab_size,
-        max_position=config.rollout.max_episode_tokens,
-    )
+    shape = TinyShape(**tiny.model_dump(exclude={"texts"}), max_position=config.rollout.max_episode_tokens)
     seed = derive(config.seed, "tiny model") % 2**32
 
     def write(folder: Path) -> None:

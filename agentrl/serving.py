@@ -62,6 +62,7 @@ def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
         lora_modules=served.lora_modules,
         dtype=served.dtype,
         swap=settings.swap,
+        sleeps=settings.share_gpu,
         args=settings.args,
     )
 

@@ -7,8 +7,8 @@ it from the first step to the last, ``agentrl.bench`` for a few.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from agentrl.advantages import ADVANTAGES, group_relative
 from agentrl.canary import SAMPLED_TOKENS, Canary
 from agentrl.config import RunConfig
-from agentrl.engine import Adapter, Engine, Measured, Sampling
+from agentrl.engine import Adapter, Engine, Measured, Sampling, Sleeper
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
 from agentrl.errors import EngineError
@@ -185,19 +185,33 @@ class Trainer:
     async def _update(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """One update and the swap of the adapter in the engine; no swap where nothing was learnt."""
         began = time.perf_counter()
-        metrics = await in_compute_thread(
-            self._learner.update,
-            samples,
-            step=step,
-            temperature=self._config.rollout.temperature,
-            seed=derive(self._config.seed, "minibatches", step),
-        )
+        async with self._engine_asleep():
+            metrics = await in_compute_thread(
+                self._learner.update,
+                samples,
+                step=step,
+                temperature=self._config.rollout.temperature,
+                seed=derive(self._config.seed, "minibatches", step),
+            )
         updated = time.perf_counter()
         if metrics:
             self.version += 1
             metrics |= await self._hand_over(await in_compute_thread(self._learner.publish))
         swap = {"time/update_s": updated - began, "time/load_s": time.perf_counter() - updated}
         return metrics | swap
+
+    @asynccontextmanager
+    async def _engine_asleep(self) -> AsyncIterator[None]:
+        """The learner's turn on a GPU that the engine shares with it; nothing where they share none."""
+        engine = self._engine
+        if not self._config.engine.share_gpu or not isinstance(engine, Sleeper):
+            yield
+            return
+        await engine.sleep()
+        try:
+            yield
+        finally:
+            await engine.wake()
 
     async def _hand_over(self, adapter: Adapter) -> dict[str, float]:
         """Have the engine serve ``adapter`` as the current version, and prove it; what the proof found."""

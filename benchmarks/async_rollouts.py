@@ -315,15 +315,7 @@ def _tiny_model(folder: str) -> str:
     """The packaged tiny model of the default size, with a tokenizer of these episodes' text."""
     env = SlowTools(seed=0, episodes=Sizes().episodes, scale=0.0)
     texts = [message.content for task in env.task_list("train") for message in task.prompt]
-    tiny = TinyConfig()
-    shape = TinyShape(
-        hidden_size=tiny.hidden_size,
-        intermediate_size=tiny.intermediate_size,
-        layers=tiny.layers,
-        heads=tiny.heads,
-        kv_heads=tiny.kv_heads,
-        vocab_size=tiny.vocab_size,
-    )
+    shape = TinyShape(**TinyConfig().model_dump(exclude={"texts"}))
     make_tiny_model(folder, texts=[*texts, _answer(1, "order-1")], seed=0, shape=shape)
     return folder
 

@@ -237,7 +237,7 @@ def loopback_server() -> Iterator[type[LoopbackServer]]:
         yield LoopbackServer
 
 
-# -- a small environment --
+# -- small environments --
 
 
 def _equals_truth(evidence: Evidence) -> float:
@@ -278,7 +278,42 @@ def sums() -> type[Env]:
     return Sums
 
 
+class Letters(ToolEnv):
+    """Rewards an answer of an odd number of characters: half of what random weights say."""
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(id=f"{split}-{index}", prompt=(Message("user", f"Say {index}"),)) for index in range(5)]
+
+    @tool
+    def look(self, at: int) -> int:
+        """Look at a number."""
+        return at
+
+    def reward(self, evidence: Any) -> float:
+        return float(len(evidence.answer) % 2)
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (Message("assistant", "a"),)
+
+
+@pytest.fixture(scope="session")
+def letters() -> type[Env]:
+    """The environment's class; made without arguments."""
+    return Letters
+
+
 # -- a tiny model --
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums of the module's tests are made by one thread: small models have nothing to share out."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

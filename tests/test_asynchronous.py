@@ -452,30 +452,12 @@ def test_the_tasks_of_a_run_that_was_killed_are_each_trained_once(
 
 
 _NURSERY = """
-import json, os, signal, sys, traceback
+import json, os, sys, traceback
 from pathlib import Path
 import pytest
 import test_asynchronous as here
 from agentrl import train
-from agentrl.learner import Optimization
-from agentrl.log import RunLog
-
-PLACES = {
-    "rollout": (here.Chance, "generate"),
-    "update": (Optimization, "step"),
-    "row": (RunLog, "step"),
-    "save": (os, "fsync"),
-    "rename": (Path, "rename"),
-}
-
-def kill_before(place, count):
-    owner, name = PLACES[place]
-    function, calls = getattr(owner, name), iter(range(1, 10**9))
-    def counted(*args, **settings):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **settings)
-    setattr(owner, name, counted)
+from kills import kill_before
 
 output, model = map(Path, sys.argv[1:])
 for line in sys.stdin:
@@ -486,7 +468,7 @@ for line in sys.stdin:
         here.serve(patch)
         here.keep_journal(patch, output / "journal.jsonl")
         if before:
-            kill_before(*before)
+            kill_before(*before, engine=here.Chance)
         try:
             train(here.settings(output, model), resume=True)
         except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,13 @@ from agentrl.errors import EngineError, UserError, WrongWeights
 from agentrl.learner import Learner
 from agentrl.types import Completion, FloatArray, IntArray, Sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Loads = list[Adapter | None]  # what an engine was given, the bare base first
 Choice = Callable[[Loads], Adapter | None]
 Noise = Callable[[int], Any]  # nats for so many tokens
 
 VOCABULARY = 300
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- engines that lie --

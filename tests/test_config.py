@@ -174,7 +174,7 @@ def test_every_kind_of_engine_loads_back_equal(engine: dict[str, Any]) -> None:
 
 _OF_ONE_KIND: dict[str, dict[str, Any]] = {
     "embedded": {"deterministic": False},
-    "vllm": {"swap": "finish", "args": {}},
+    "vllm": {"swap": "finish", "share_gpu": False, "args": {}},
     "openai": {
         "url": "http://h/v1",
         "model": "base",
@@ -221,6 +221,10 @@ def test_every_engine_setting_is_of_one_kind_or_of_all() -> None:
         ({"engine": _SERVER, "model": {"tiny": {}}}, "model.tiny can't be used with engine.kind: openai"),
         ({"engine": _SERVER, "lora": {"train_norms": True}}, "train_norms is true; it must be false with"),
         ({"engine": "vllm", "lora": {"train_norms": True}}, "with engine.kind: vllm, which serves LoRA's"),
+        (
+            {"engine": {"kind": "vllm", "share_gpu": True}, "algorithm": {"max_staleness": 1}},
+            "engine.share_gpu is true; it must be false with max_staleness",
+        ),
     ],
 )
 def test_what_an_engine_can_not_train_is_refused(sections: dict[str, Any], message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.config import RunConfig
+from agentrl.config import EngineConfig, RunConfig
 from agentrl.configfile import (
     load_config,
     load_engine,
@@ -139,10 +139,10 @@ def test_a_model_that_nobody_named_is_asked_for() -> None:
 
 
 def test_an_engine_alone_is_its_kind_and_its_keys() -> None:
-    engine = load_engine(["openai", "url=http://h/v1", "request_retries=2"], max_sequences=64)
+    engine = load_engine(["openai", "url=http://h/v1", "request_retries=2"])
     assert (engine.kind, engine.url, engine.request_retries) == ("openai", "http://h/v1", 2)
-    assert (engine.max_sequences, load_engine([], max_sequences=7).max_sequences) == (64, 7)
-    passed_on = load_engine(["kind=vllm", "args.quantization=", "max_sequences=3"], max_sequences=64)
+    assert load_engine([]) == EngineConfig()
+    passed_on = load_engine(["kind=vllm", "args.quantization=", "max_sequences=3"])
     assert (passed_on.args, passed_on.max_sequences) == ({"quantization": None}, 3)
 
 
@@ -160,7 +160,7 @@ def test_an_engine_alone_is_its_kind_and_its_keys() -> None:
 )
 def test_a_fault_of_an_engine_alone_names_its_key(assignments: list[str], message: str) -> None:
     with pytest.raises(BadConfig) as caught:
-        load_engine(assignments, max_sequences=64)
+        load_engine(assignments)
     assert str(caught.value).splitlines()[0].startswith(message)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ import agentrl
 from agentrl.alarms import RULES, Rule
 from agentrl.config import RunConfig
 from agentrl.log import RunFolder, read_rows
-from agentrl.tool_env import ToolEnv
-from agentrl.tools import tool
-from agentrl.types import Message, Task
 
 _README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 _SECTION = _README.partition("\n## Metrics\n")[2].partition("\n## ")[0]
@@ -34,26 +30,8 @@ def _documented(key: str) -> bool:
     return any(re.fullmatch(_pattern(name), key) for name in _ROWS)
 
 
-class Letters(ToolEnv):
-    """Rewards an answer of an odd number of characters: half of what random weights say."""
-
-    def tasks(self, split: str) -> Sequence[Task]:
-        return [Task(id=f"{split}-{index}", prompt=(Message("user", f"Say {index}"),)) for index in range(5)]
-
-    @tool
-    def look(self, at: int) -> int:
-        """Look at a number."""
-        return at
-
-    def reward(self, evidence: Any) -> float:
-        return float(len(evidence.answer) % 2)
-
-    def gold(self, task: Task) -> Sequence[Message]:
-        return (Message("assistant", "a"),)
-
-
 @pytest.fixture(scope="module")
-def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> set[str]:
+def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, letters: Any) -> set[str]:
     """Every key that a run of two steps with a warm start and a KL penalty writes."""
     output = tmp_path_factory.mktemp("runs")
     agentrl.train(
@@ -61,7 +39,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> 
             "name": "run",
             "steps": 2,
             "output": str(output),
-            "environment": {"id": f"{__name__}:Letters"},
+            "environment": {"id": f"{letters.__module__}:{letters.__name__}"},
             "model": {"path": str(tiny_checkpoint)},
             "warm_start": {"episodes": 4, "steps": 2, "episodes_per_step": 2, "probe_every": 1},
             "rollout": {

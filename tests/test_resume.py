@@ -26,29 +26,10 @@ from agentrl.resume import Process, accepted_changes, tokenizer_digest
 # Imports once, then forks a process for each run: most of a start would be imports, and kills would hit them.
 _NURSERY = """
 import json, os, signal, sys, time, traceback
-from pathlib import Path
 import accelerate, matplotlib.figure, peft, transformers
 from agentrl import train
 from agentrl.engines.embedded import EmbeddedEngine
-from agentrl.learner import Optimization
-from agentrl.log import RunLog
-
-PLACES = {
-    "rollout": (EmbeddedEngine, "generate"),
-    "update": (Optimization, "step"),
-    "row": (RunLog, "step"),
-    "save": (os, "fsync"),
-    "rename": (Path, "rename"),
-}
-
-def kill_before(place, count):
-    owner, name = PLACES[place]
-    function, calls = getattr(owner, name), iter(range(1, 10**9))
-    def counted(*args, **settings):
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **settings)
-    setattr(owner, name, counted)
+from kills import kill_before
 
 def run(job):
     os.chdir(job["folder"])
@@ -56,7 +37,7 @@ def run(job):
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     if job["before"]:
-        kill_before(*job["before"])
+        kill_before(*job["before"], engine=EmbeddedEngine)
     try:
         train(job["config"], resume=True)
     except BaseException:
@@ -130,7 +111,7 @@ class Nursery:
 def nursery() -> Iterator[Nursery]:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,7 @@ import pytest
 import agentrl
 from agentrl.log import RunFolder, read_rows
 from agentrl.tiny import TinyShape, make_tiny_model
-from agentrl.tool_env import ToolEnv
-from agentrl.tools import tool
-from agentrl.types import Message, Task, ToolCall
+from agentrl.types import Task
 
 pytestmark = [
     pytest.mark.vllm,
@@ -25,32 +24,7 @@ pytestmark = [
 ]
 
 STEPS = 4
-
-
-class Letters(ToolEnv):
-    """Rewards an answer of an odd number of characters: half of what random weights say."""
-
-    resets = 0
-    killed_at = 0  # the reset at which vLLM's core is killed; 0: never
-
-    def tasks(self, split: str) -> Sequence[Task]:
-        return [Task(id=f"{split}-{index}", prompt=(Message("user", f"Say {index}"),)) for index in range(8)]
-
-    def setup(self, task: Task) -> None:
-        Letters.resets += 1
-        if Letters.resets == Letters.killed_at:
-            core().kill()
-
-    @tool
-    def look(self, at: int) -> int:
-        """Look at a number."""
-        return at
-
-    def reward(self, evidence: Any) -> float:
-        return float(len(evidence.answer) % 2)
-
-    def gold(self, task: Task) -> Sequence[Message]:
-        return (Message("assistant", "", (ToolCall("call_0", "look", {"at": 1}),)), Message("assistant", "a"))
+Train = Callable[..., list[dict[str, Any]]]
 
 
 def core() -> psutil.Process:
@@ -70,14 +44,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(output: Path, model: Path, **settings: Any) -> list[dict[str, Any]]:
-    """The rows of a run's steps."""
-    Letters.resets = 0
+@pytest.fixture
+def train(tmp_path: Path, model: Path, letters: Any) -> Train:
+    """Makes a run: the rows of its steps."""
+
+    def train(**settings: Any) -> list[dict[str, Any]]:
+        return run(tmp_path, model, id=f"{letters.__module__}:{letters.__name__}", **settings)
+
+    return train
+
+
+def run(output: Path, model: Path, *, id: str, **settings: Any) -> list[dict[str, Any]]:
     config: dict[str, Any] = {
         "name": "run",
         "steps": STEPS,
         "output": str(output),
-        "environment": {"id": f"{__name__}:Letters"},
+        "environment": {"id": id},
         "model": {"path": str(model), "dtype": "float32"},
         "rollout": {"tasks_per_step": 4, "group_size": 4, "max_turn_tokens": 8, "max_episode_tokens": 384},
         "lora": {"r": 4},
@@ -97,8 +79,8 @@ def train(output: Path, model: Path, **settings: Any) -> list[dict[str, Any]]:
     return [row for row in read_rows(RunFolder(output / "run")) if row["phase"] == "train"]
 
 
-def test_every_version_is_proved_and_what_was_sampled_is_what_is_learnt(tmp_path: Path, model: Path) -> None:
-    rows = train(tmp_path, model)
+def test_every_version_is_proved_and_what_was_sampled_is_what_is_learnt(train: Train) -> None:
+    rows = train()
     assert len(rows) == STEPS
     assert all(row["mismatch/mean"] < 1e-3 for row in rows)
     assert all(row["canary/mean_nats"] < 1e-3 for row in rows)
@@ -107,11 +89,16 @@ def test_every_version_is_proved_and_what_was_sampled_is_what_is_learnt(tmp_path
 
 
 def test_a_core_that_is_killed_in_a_rollout_costs_a_retry_and_nothing_else(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, letters: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluated, episodes = 2, 16
-    monkeypatch.setattr(Letters, "killed_at", evaluated + episodes + episodes // 2)  # half way in step 2
-    rows = train(tmp_path, model)
+    evaluated, episodes, resets = 2, 16, itertools.count(1)
+
+    def setup(self: Any, task: Task) -> None:
+        if next(resets) == evaluated + episodes + episodes // 2:  # half way in step 2
+            core().kill()
+
+    monkeypatch.setattr(letters, "setup", setup)
+    rows = train()
     assert len(rows) == STEPS
     assert sum(row["engine/restarts"] for row in rows) == 1
     assert sum(row["fault/engine"] for row in rows) > 0
@@ -119,10 +106,8 @@ def test_a_core_that_is_killed_in_a_rollout_costs_a_retry_and_nothing_else(
     assert all(row["mismatch/mean"] < 1e-3 and row["canary/mean_nats"] < 1e-3 for row in rows)
 
 
-def test_rollouts_run_ahead_and_go_on_under_new_weights(tmp_path: Path, model: Path) -> None:
-    rows = train(
-        tmp_path, model, algorithm={"max_staleness": 2, "importance": "mask"}, engine={"swap": "continue"}
-    )
+def test_rollouts_run_ahead_and_go_on_under_new_weights(train: Train) -> None:
+    rows = train(algorithm={"max_staleness": 2, "importance": "mask"}, engine={"swap": "continue"})
     assert len(rows) == STEPS
     assert max(row["staleness/max"] for row in rows) >= 1
     assert all(row["staleness/max"] <= 2 and row["staleness/dropped"] == 0 for row in rows)

@@ -1,7 +1,7 @@
 """Inference by a server that speaks OpenAI's /v1/completions, with token ids as prompts.
 
 Evaluation works with any such server. Where it returns no token ids, its text is tokenised again: that is not
-what was sampled, and such a completion's logprobs are NaN (see :func:`fit_for_training`). Training needs the
+what was sampled, and such a completion's logprobs are NaN. Training needs the
 sampled ids and their logprobs after temperature, as ``vllm serve --logprobs-mode processed_logprobs`` returns
 them; :meth:`OpenAIEngine.connect` makes one probe request and refuses every other server.
 
@@ -19,8 +19,8 @@ import asyncio
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 
 from agentrl.checkpoint import write_adapter
 from agentrl.engine import Adapter, Sampling
+from agentrl.engines.in_flight import Users
 from agentrl.engines.replies import (
     check_prompt,
     check_stop,
@@ -50,7 +51,7 @@ from agentrl.types import Completion, FloatArray, IntArray
 
 T = TypeVar("T")
 
-__all__ = ["OpenAIEngine", "OpenAISettings", "fit_for_training"]
+__all__ = ["OpenAIEngine", "OpenAISettings"]
 
 _PROBE_TEXT = "Random numbers: 7, 963, 41,"  # nobody is certain of how it goes on
 # Of one token to choose from, a distribution as it is sampled from is certain, and one before that is not.
@@ -82,11 +83,6 @@ class OpenAISettings:
             )
 
 
-def fit_for_training(completion: Completion) -> bool:
-    """Whether ids and logprobs are those of the sampling; False where text was tokenised again."""
-    return len(completion.logprobs) > 0 and not bool(np.isnan(completion.logprobs).any())
-
-
 @dataclass(slots=True, eq=False)
 class _Served:
     """One version as the server knows it, and who is using it."""
@@ -94,22 +90,7 @@ class _Served:
     name: str  # the model that requests ask for
     version: int
     folder: Path | None = None  # of its adapter; None: the base
-    users: int = 0  # requests in flight
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.idle.set()
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        self.users += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if not self.users:
-                self.idle.set()
+    users: Users = field(default_factory=Users)  # requests in flight
 
 
 class OpenAIEngine:
@@ -244,7 +225,7 @@ class OpenAIEngine:
     async def _ask(self, served: _Served, body: dict[str, Any], read: Callable[[httpx.Response], T]) -> T:
         """The reply of ``served``, which a server that has forgotten it since, restarted say, gets again."""
         named = body | {"model": served.name}
-        with served.in_use():
+        with served.users.one_more():
             for _ in range(1 + _MOST_PUSHES):
                 try:
                     return await self._server.post("completions", named, read=read)
@@ -346,7 +327,7 @@ class OpenAIEngine:
     async def _drop(self, old: _Served) -> None:
         """Unload ``old`` once its requests are done; where that fails, the next load tries again, and says
         what is wrong."""
-        await old.idle.wait()
+        await old.users.gone()
         self._leftover.add(old)
         with suppress(EngineError, UserError):
             await self._unload(old)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from agentrl.engines.in_flight import InFlight
 from agentrl.errors import BadConfig, EngineError, UserError
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ class Server:
             timeout=None,  # the deadline is over all of a request, where httpx's are over its parts
         )
         self._free = asyncio.Semaphore(settings.max_connections)
-        self._in_flight: set[asyncio.Task[Any]] = set()
+        self._in_flight = InFlight()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -125,24 +126,13 @@ class Server:
         do not wait for a free connection. Raises EngineError, also where :meth:`abort` ends it, and Refused.
         """
         self._attend()
-        task = asyncio.ensure_future(self._perform(_Request(path, body, settled), read, urgent=urgent))
-        self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            raise EngineError(f"the engine was closed while {self.url} worked on a request") from None
+        work = self._perform(_Request(path, body, settled), read, urgent=urgent)
+        aborted = f"the engine was closed while {self.url} worked on a request"
+        return await self._in_flight.track(work, aborted=aborted)
 
     async def abort(self) -> None:
         """Give up what is in flight; whoever waits for it gets EngineError."""
-        in_flight = set(self._in_flight)
-        for task in in_flight:
-            task.cancel()
-        if in_flight:
-            await asyncio.wait(in_flight)
+        await self._in_flight.abort()
 
     async def close(self) -> None:
         """Give up what is in flight, and close the connections; idempotent."""

@@ -19,15 +19,16 @@ than one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from agentrl.engine import Adapter, Sampling
+from agentrl.engines.in_flight import InFlight, Users
 from agentrl.engines.vllm_adapters import AdapterShelf, PublishedAdapter, check_servable
 from agentrl.engines.vllm_core import Core, CoreDied, Sampled, VLLMCore
 from agentrl.engines.vllm_settings import LORA_SLOTS, VLLMSettings
@@ -36,10 +37,9 @@ from agentrl.seeds import derive
 from agentrl.threads import in_thread
 from agentrl.types import Completion, FloatArray, IntArray
 
-T = TypeVar("T")
-
 __all__ = ["StartCore", "VLLMEngine", "VLLMSettings"]
 
+_CLOSED = "the vLLM engine was closed while it worked on a request"
 _MOST_DEATHS = 5  # of the core, without a request answered between them
 _FIGURES = (
     "rollout/prefill_tokens",
@@ -62,22 +62,7 @@ class _Served:
     version: int
     adapter: Adapter | None = None  # None: the bare base
     published: PublishedAdapter | None = None
-    users: int = 0  # requests in flight
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __post_init__(self) -> None:
-        self.idle.set()
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        self.users += 1
-        self.idle.clear()
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if not self.users:
-                self.idle.set()
+    users: Users = field(default_factory=Users)  # requests in flight
 
 
 class VLLMEngine:
@@ -99,7 +84,7 @@ class VLLMEngine:
         self._reviving: asyncio.Task[None] | None = None
         self._deaths = 0  # since the last answer
         self._dropping: set[asyncio.Task[None]] = set()
-        self._in_flight: set[asyncio.Task[Any]] = set()
+        self._in_flight = InFlight()
         self._figures = dict.fromkeys(_FIGURES, 0.0)
         self._loop = asyncio.get_running_loop()
         self._closed = False
@@ -140,7 +125,7 @@ class VLLMEngine:
         """See :class:`agentrl.engine.Engine`. Cancelling it aborts the request in vLLM."""
         self._attend()
         prompt = self._checked(prompt_ids, new=sampling.max_tokens)
-        return await self._tracked(self._generate(prompt, sampling))
+        return await self._in_flight.track(self._generate(prompt, sampling), aborted=_CLOSED)
 
     async def score(self, token_ids: IntArray, temperature: float) -> FloatArray:
         """See :class:`agentrl.engine.Engine`; the context must have room for one token more.
@@ -153,7 +138,7 @@ class VLLMEngine:
                 f"scoring at temperature {temperature:g} was asked for; vLLM scores at temperature 1 only, "
                 "so score with the learner instead"
             )
-        return await self._tracked(self._score(self._checked(token_ids, new=1)))
+        return await self._in_flight.track(self._score(self._checked(token_ids, new=1)), aborted=_CLOSED)
 
     async def load(self, adapter: Adapter | None, version: int) -> None:
         """See :class:`agentrl.engine.Engine`; what happens to requests in flight says ``VLLMSettings.swap``.
@@ -164,7 +149,7 @@ class VLLMEngine:
         self._attend()
         if adapter is not None:
             check_servable(adapter.config, max_rank=self._settings.max_lora_rank)
-        await self._tracked(self._load(adapter, version))
+        await self._in_flight.track(self._load(adapter, version), aborted=_CLOSED)
 
     async def sleep(self) -> None:
         """Free the GPU for the learner until :meth:`wake`, which comes before the next load.
@@ -194,11 +179,12 @@ class VLLMEngine:
         if self._closed:
             return
         self._closed = True
-        waiting = {*self._in_flight, *self._dropping, *({self._reviving} if self._reviving else ())}
-        for task in waiting:
+        own = {*self._dropping, *({self._reviving} if self._reviving else ())}
+        for task in own:
             task.cancel()
-        if waiting:
-            await asyncio.wait(waiting)
+        await self._in_flight.abort()
+        if own:
+            await asyncio.wait(own)
         if self._core is not None:
             await self._core.stop()
         await in_thread(self._shelf.close)
@@ -215,19 +201,6 @@ class VLLMEngine:
             raise EngineError("the vLLM engine is closed; make a new one")
         if asyncio.get_running_loop() is not self._loop:
             raise RuntimeError("another event loop is using this engine: make one engine for each loop")
-
-    async def _tracked(self, work: Coroutine[Any, Any, T]) -> T:
-        """What ``work`` returns; EngineError where :meth:`close` ends it."""
-        task = asyncio.ensure_future(work)
-        self._in_flight.add(task)
-        task.add_done_callback(self._in_flight.discard)
-        try:
-            return await task
-        except asyncio.CancelledError:
-            current = asyncio.current_task()
-            if current is not None and current.cancelling():
-                raise
-            raise EngineError("the vLLM engine was closed while it worked on a request") from None
 
     def _checked(self, token_ids: IntArray, *, new: int) -> IntArray:
         """A copy of ``token_ids``. Raises UserError where vLLM can't take them and ``new`` more."""
@@ -257,7 +230,7 @@ class VLLMEngine:
                 max_tokens=sampling.max_tokens - len(ids),
                 seed=derive(sampling.seed, "continued", piece) if piece else sampling.seed,
             )
-            with served.in_use():
+            with served.users.one_more():
                 said = await core.sample([*prompt.tolist(), *ids], rest, adapter=served.published)
             self._deaths = 0
             ids += said.token_ids
@@ -272,7 +245,7 @@ class VLLMEngine:
 
     async def _score(self, token_ids: IntArray) -> FloatArray:
         core, served, _ = await self._ready()
-        with served.in_use():
+        with served.users.one_more():
             scored = await core.score(token_ids.tolist(), adapter=served.published)
         self._deaths = 0
         return np.array(scored, np.float32)
@@ -342,7 +315,7 @@ class VLLMEngine:
 
     async def _drop(self, core: Core, old: _Served) -> None:
         """Have ``core`` forget ``old`` once its requests are done."""
-        await old.idle.wait()
+        await old.users.gone()
         if old.published is not None:
             with suppress(CoreDied):
                 await core.remove(old.published)

@@ -93,7 +93,6 @@ class VLLMCore:
         self.vocabulary = int(config.model_config.get_vocab_size())
         lora = config.lora_config
         self.adapter_dtype: torch.dtype = config.model_config.dtype if lora is None else lora.lora_dtype
-        self._sleeps = bool(config.model_config.enable_sleep_mode)
         self._requests = itertools.count()
 
     @classmethod
@@ -177,11 +176,7 @@ class VLLMCore:
         await self._ask(self._llm.resume_generation())
 
     async def sleep(self) -> None:
-        """Move the weights to the host's memory and drop keys and values. Raises BadConfig on a CPU."""
-        if not self._sleeps:
-            raise BadConfig(
-                "this vLLM can't sleep: only one on a CUDA device can; leave engine and learner apart"
-            )
+        """Move the weights to the host's memory and drop keys and values."""
         await self._ask(self._llm.sleep(level=1))
 
     async def wake(self) -> None:

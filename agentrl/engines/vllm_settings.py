@@ -56,7 +56,7 @@ _OWNED: Mapping[str, str] = {
     "override_generation_config": f"it would change what is sampled, and {_SAMPLED}",
     "enable_prefix_caching": "it is always on: a turn's prompt is the turn before and what is new",
     "worker_extension_cls": "agentrl reads adapters back through its own",
-    "enable_sleep_mode": "it is on wherever vLLM can sleep",
+    "enable_sleep_mode": "set engine.share_gpu",
     "runner": "agentrl generates",
     "convert": "agentrl generates",
     "data_parallel_size": _PARALLEL,
@@ -75,6 +75,7 @@ class VLLMSettings:
     dtype: str = "auto"  # of the base and the adapters; auto: as the checkpoint says
     # Requests in flight when new weights come finish under those that they began with, or go on with the new.
     swap: Literal["finish", "continue"] = "finish"
+    sleeps: bool = False  # whether it can be sent to sleep, its memory freed; on a CUDA device only
     args: Mapping[str, Any] = field(default_factory=dict)  # AsyncEngineArgs by vLLM's own names
 
     def __post_init__(self) -> None:
@@ -100,8 +101,12 @@ class VLLMSettings:
 def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bool) -> dict[str, Any]:
     """The keyword arguments of vLLM's AsyncEngineArgs, whose fields are ``known``.
 
-    Raises BadConfig for an argument that vLLM does not have.
+    Raises BadConfig for an argument that vLLM does not have, and for sleep ``on_cpu``.
     """
+    if settings.sleeps and on_cpu:
+        raise BadConfig(
+            "engine.share_gpu is true, and this vLLM runs on a CPU, where it can't sleep: set it to false"
+        )
     known = set(known)
     for name in settings.args:
         if name not in known:
@@ -110,10 +115,10 @@ def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bo
                 f"engine.args.{name} is no argument of this vLLM's engine{hint}; see vLLM's AsyncEngineArgs"
             )
     given = {**(_cpu_defaults() if on_cpu else {}), **_QUIET, **settings.args}
-    return {**given, **_lora_arguments(settings), **_contract(settings, sleeps=not on_cpu)}
+    return {**given, **_lora_arguments(settings), **_contract(settings)}
 
 
-def _contract(settings: VLLMSettings, *, sleeps: bool) -> dict[str, Any]:
+def _contract(settings: VLLMSettings) -> dict[str, Any]:
     return {
         "model": str(settings.model),
         "dtype": settings.dtype,
@@ -123,7 +128,7 @@ def _contract(settings: VLLMSettings, *, sleeps: bool) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",  # the model's own would change temperature, top-k or what ends a turn
         "enable_prefix_caching": True,
-        "enable_sleep_mode": sleeps,
+        "enable_sleep_mode": settings.sleeps,
         "worker_extension_cls": "agentrl.engines.vllm_worker.AdapterReader",
     }
 

@@ -97,7 +97,8 @@ def refuse_surrogates(value: Any) -> None:
 
 def skip_space(text: str, start: int) -> int:
     """The first character from ``start`` that is no white space."""
-    return start + len(_SPACE.match(text, start)[0])  # type: ignore[index]  # the pattern matches everywhere
+    space = _SPACE.match(text, start)
+    return space.end() if space else start
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

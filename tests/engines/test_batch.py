@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +19,8 @@ from agentrl.errors import AgentRLError
 from agentrl.models import alias, check_forward
 from agentrl.types import IntArray
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = 61
 SIZES = {
     "vocab_size": WORDS,
@@ -30,14 +31,6 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 512,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name: str) -> Any:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from reference import expected_logprobs
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -27,6 +28,8 @@ from agentrl.errors import AgentRLError, EngineError, UserError
 from agentrl.models import load_model
 from agentrl.threads import in_compute_thread
 from agentrl.types import Completion, IntArray
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T = TypeVar("T")
 
@@ -56,14 +59,6 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
 }
 NORMS = ["input_layernorm", "k_norm", "norm", "post_attention_layernorm", "q_norm"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +125,6 @@ def words(count: int, *, seed: int = 0) -> IntArray:
 
 def sampling(tokens: int = 5, *, seed: int = 0, **settings: Any) -> Sampling:
     return Sampling(max_tokens=tokens, seed=seed, **settings)
-
-
-def expected_logprobs(model: Any, prompt: IntArray, said: IntArray, *, temperature: float = 1.0) -> Any:
-    """(C,) what a transformers model gives the completion in one pass over all of it."""
-    whole = torch.from_numpy(np.concatenate([prompt, said])).long()
-    with torch.no_grad():
-        logits = model(input_ids=whole[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return (logits.double() / temperature).log_softmax(-1)[range(len(said)), whole[len(prompt) :]].numpy()
 
 
 def check(model: Any, prompt: IntArray, completion: Completion, *, temperature: float = 1.0) -> None:

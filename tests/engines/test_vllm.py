@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from reference import expected_logprobs
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from agentrl.engine import Adapter, Sampling
@@ -153,14 +154,6 @@ def plain(checkpoint: Path) -> Any:
         checkpoint, attn_implementation="eager", dtype=torch.float32
     )
     return loaded.eval()
-
-
-def expected_logprobs(model: Any, prompt: IntArray, said: IntArray, *, temperature: float = 1.0) -> Any:
-    """(C,) what a transformers model gives the completion in one pass over all of it."""
-    whole = torch.from_numpy(np.concatenate([prompt, said])).long()
-    with torch.no_grad():
-        logits = model(input_ids=whole[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return (logits.double() / temperature).log_softmax(-1)[range(len(said)), whole[len(prompt) :]].numpy()
 
 
 def check(model: Any, prompt: IntArray, completion: Completion, *, temperature: float = 1.0) -> None:
@@ -340,8 +333,6 @@ def test_what_vllm_can_not_take_is_refused_with_the_next_step(
             loop.run(engine.generate(prompt, settings))
     with pytest.raises(UserError, match="score with the learner"):
         loop.run(engine.score(words(5), 0.7))
-    with pytest.raises(BadConfig, match="can't sleep"):
-        loop.run(engine.sleep())
     assert len(loop.run(engine.generate(words(5), sampling(3))).token_ids) == 3
 
 

@@ -474,7 +474,14 @@ def test_ranks_are_rounded_up_to_what_vllm_has_and_the_users_arguments_pass_thro
     )
     assert (arguments["max_lora_rank"], arguments["block_size"]) == (16, 64)
     assert arguments["logprobs_mode"] == "processed_logprobs"
-    assert not arguments["enable_sleep_mode"]
+
+
+def test_vllm_may_sleep_where_it_shares_a_gpu_and_nowhere_else() -> None:
+    for sleeps in (False, True):
+        arguments = engine_arguments(settings(sleeps=sleeps), known=(), on_cpu=False)
+        assert arguments["enable_sleep_mode"] is sleeps
+    with pytest.raises(BadConfig, match=r"engine\.share_gpu is true, and this vLLM runs on a CPU"):
+        engine_arguments(settings(sleeps=True), known=(), on_cpu=True)
 
 
 def test_only_the_adapted_layers_are_wrapped_and_never_the_head() -> None:
