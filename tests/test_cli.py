@@ -123,10 +123,8 @@ def test_eval_takes_the_engine_key_by_key(
         assert evaluate.called is not None
         return cast(EngineConfig, evaluate.called[1]["engine"])
 
-    assert engine() == EngineConfig(max_sequences=64)
-    assert engine("vllm", "args.block_size=32") == EngineConfig(
-        kind="vllm", args={"block_size": 32}, max_sequences=64
-    )
+    assert engine() == EngineConfig()
+    assert engine("vllm", "args.block_size=32") == EngineConfig(kind="vllm", args={"block_size": 32})
     url = "http://127.0.0.1:8000/v1"
     served = engine("openai", f"url={url}", "max_sequences=8", model=elsewhere)
     assert served == EngineConfig(kind="openai", url=url, max_sequences=8)
