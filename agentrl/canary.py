@@ -320,7 +320,8 @@ class Canary:
             return "it behind prefixes that were cached under other weights"
         if evidence.places[-1].told and evidence.places[-1].allows(1):
             return "it in another precision or at another temperature"
-        return "none that is known"
+        rounds = evidence.gap <= _TOLERANCES[1]  # as far as 16 bits do
+        return "none that is known" + (", or it in another precision" if rounds else "")
 
 
 _ADVICE = (

