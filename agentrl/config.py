@@ -85,7 +85,7 @@ class TinyConfig(_Section):
     heads: Count = 4  # attention heads
     kv_heads: Count = 2  # heads of keys and values; divides `heads`
     intermediate_size: Count = 384  # width inside the MLP
-    vocab_size: Annotated[int, Field(ge=300)] = 384  # tokens: 256 bytes, the special ones, then merges
+    vocab_size: Annotated[int, Field(ge=300)] = 512  # tokens: 256 bytes, the special ones, then merges
     texts: Count = 2000  # gold episodes that the tokenizer is trained on
 
     @model_validator(mode="after")

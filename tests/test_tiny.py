@@ -75,6 +75,10 @@ def test_any_text_survives_a_round_trip(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_what_the_texts_say_over_and_over_is_a_few_tokens(tokenizer: Any) -> None:
+    assert len(tokenizer.encode("What is 8 times 9? The answer is \\boxed{72}.")) <= 9
+
+
 def test_every_digit_is_a_token_of_its_own(tokenizer: Any) -> None:
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("is 1234 + 56.7"))
     assert [token for token in tokens if any(c.isdigit() for c in token)] == list("1234567")
