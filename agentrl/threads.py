@@ -51,7 +51,8 @@ async def in_compute_thread(function: Callable[P, T], /, *args: P.args, **kwargs
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     """The result of ``coroutine``, run on the background loop while this thread waits.
 
-    Works whether or not the calling thread has a running event loop of its own.
+    Works whether or not the calling thread has a running event loop of its own. A SystemExit that leaves the
+    coroutine is a bug of whoever raised it, RuntimeError here: a tool that runs ``exit()`` ends no program.
     """
     loop = _background_loop()
     if asyncio._get_running_loop() is loop:
@@ -62,8 +63,12 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
         return future.result()
-    except BaseException:  # Ctrl-C in this thread must also end the work in the other
-        future.cancel()
+    except BaseException as error:
+        if future.done() and not future.cancelled() and future.exception() is error:
+            if isinstance(error, SystemExit | KeyboardInterrupt):
+                raise RuntimeError(f"{error!r} was raised beside the main thread") from error
+            raise
+        future.cancel()  # Ctrl-C in this thread must also end the work in the other
         raise
 
 
@@ -137,8 +142,17 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     with _loop_lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="agentrl-loop", daemon=True).start()
+            threading.Thread(target=_keep_running, args=(_loop,), name="agentrl-loop", daemon=True).start()
         return _loop
+
+
+def _keep_running(loop: asyncio.AbstractEventLoop) -> None:
+    """A SystemExit also leaves the loop of the task that raised it: whoever waits would wait for ever."""
+    while True:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):
+            continue
 
 
 def _forget_threads() -> None:

@@ -89,6 +89,23 @@ def test_run_sync_on_its_own_loop_is_refused_and_does_not_hang() -> None:
         run_sync(outer())
 
 
+@pytest.mark.parametrize("end", [SystemExit(0), KeyboardInterrupt()])
+def test_what_would_end_the_program_beside_the_main_thread_is_a_bug_and_ends_no_loop(
+    end: BaseException,
+) -> None:
+    def leave() -> None:
+        raise end
+
+    async def leave_at_once() -> None:
+        leave()
+
+    for leaving in (in_thread(leave), leave_at_once()):
+        with pytest.raises(RuntimeError, match="beside the main thread") as caught:
+            run_sync(asyncio.wait_for(leaving, 10))
+        assert caught.value.__cause__ is end
+    assert run_sync(in_thread(lambda: 7)) == 7
+
+
 def test_leaving_the_program_does_not_wait_for_a_hung_call() -> None:
     code = """
 import asyncio, time
