@@ -18,6 +18,7 @@ import asyncio
 import inspect
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 from typing_extensions import TypedDict
 
-from agentrl.errors import BadArguments, ToolLate, UserError, WorldError, did_you_mean
+from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, WorldError, did_you_mean
 from agentrl.threads import in_thread
 from agentrl.types import ToolCall
 
@@ -153,11 +154,18 @@ def as_text(result: object, *, most_chars: int) -> tuple[str, int]:
     """What the model reads of a tool's result (texts as they are, lists and mappings as JSON, else ``str``),
     and how many characters it does not.
 
-    Longer results are cut and say so; lone surrogates, which no tokenizer takes, become "?".
+    Longer results are cut and say so; lone surrogates, which no tokenizer takes, become "?". Raises ToolError
+    for an integer of more digits than Python writes, whose size is the model's choice (``10 ** 5000``).
     """
-    if isinstance(result, list | tuple | dict):
-        result = json.dumps(result, ensure_ascii=False, default=str)
-    whole = str(result)
+    try:
+        if isinstance(result, list | tuple | dict):
+            result = json.dumps(result, ensure_ascii=False, default=str)
+        whole = str(result)
+    except ValueError as error:
+        if "int_max_str_digits" not in str(error):
+            raise
+        most = sys.get_int_max_str_digits()
+        raise ToolError(f"the result has an integer of more than {most} digits") from error
     text = whole[:most_chars].encode("utf-8", "replace").decode()  # cut first: a result can be megabytes
     left_out = len(whole) - len(text)
     if left_out:

@@ -315,3 +315,16 @@ def test_a_method_gets_its_owner_by_bind() -> None:
 )
 def test_results_become_text(result: object, text: str) -> None:
     assert as_text(result, most_chars=20)[0] == text
+
+
+def test_an_integer_too_long_to_be_written_is_the_models_fault() -> None:
+    for result in (10**5000, [10**5000], {"a": 10**5000}):
+        with pytest.raises(ToolError, match="more than 4300 digits"):
+            as_text(result, most_chars=20)
+
+
+def test_a_result_that_can_not_be_written_for_another_reason_is_a_bug() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ValueError, match="Circular"):
+        as_text(endless, most_chars=20)
