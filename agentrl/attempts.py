@@ -313,13 +313,17 @@ class _Episode:
 
 async def _within(work: Awaitable[T], seconds: float, *, late: Callable[[], WorldError]) -> T:
     """What ``work`` returns or raises. Raises ``late()`` after ``seconds``, and does not wait for work that
-    refuses to be cancelled."""
+    refuses to be cancelled; RuntimeError for work that cancels itself, which asyncio would take for an
+    episode that nobody wants any more."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task}, timeout=seconds)
         if not task.done():
             raise late()
-        return task.result()
+        try:
+            return task.result()
+        except asyncio.CancelledError as error:
+            raise RuntimeError("a CancelledError was raised that nobody had asked for") from error
     finally:
         if not task.done():
             task.cancel()

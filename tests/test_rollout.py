@@ -657,6 +657,24 @@ def test_a_bug_in_an_environment_crashes_with_the_names_of_environment_and_task(
     assert set(Buggy.made) == set(Buggy.closed)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_tool_that_cancels_itself_is_a_bug_and_keeps_nobody_waiting(
+    scripted_engine: Any, chats: Chats, deterministic: bool
+) -> None:
+    class Leaky(Desk):
+        @tool
+        async def add(self, a: int, b: int) -> int:
+            """Add two numbers."""
+            if self.task.id == "train-0":
+                raise asyncio.CancelledError
+            return a + b
+
+    engine = scripted_engine(CALL, "3")
+    with pytest.raises(RuntimeError, match="nobody had asked for") as caught:
+        run(Leaky, engine, chats, planned=plans(tasks=3), deterministic=deterministic)
+    assert any("Leaky" in note for note in caught.value.__notes__)
+
+
 def test_a_bug_outside_tools_is_named_too(scripted_engine: Any, chats: Chats) -> None:
     class Plain(Env):
         def tasks(self, split: str) -> Sequence[Task]:
