@@ -87,6 +87,11 @@ class ToolEnv(Env):
             raise UserError(
                 f'{type(self).__name__} has no reward: set reward = "exact", or define reward(self, evidence)'
             )
+        if not isinstance(chosen, str) and not callable(chosen):
+            raise UserError(
+                f"{type(self).__name__}(reward={chosen!r}): it must be the name of a reward, or a callable "
+                "that takes an Evidence"
+            )
         self._reward: Reward = _reward_named(chosen) if isinstance(chosen, str) else chosen
         self._tools = (*(tool.bind(self) for tool in self._methods), *self._functions)
         self._turns = 0

@@ -61,6 +61,11 @@ def _cut(name: str, size: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
 
 
+def _cleared(name: str) -> Callable[[Path], None]:
+    """Leaves an empty object of a JSON file in a model's folder."""
+    return lambda folder: (folder / name).write_text("{}") and None
+
+
 def _without(*names: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / name).unlink() for name in names] and None
 
@@ -140,6 +145,14 @@ CASES: dict[str, Case] = {
         "eval calculater --model model", ("did you mean 'calculator'?",), model=_GOOD
     ),
     "an unknown reward": Case("check calculator reward=numerik", ("no reward named 'numerik'", "'numeric'")),
+    "an argument of a wrong type": Case(
+        "check calculator max_turns=many", ("max_turns='many'", "it must be of type", "int")
+    ),
+    "an argument of a wrong type to train with": Case(
+        "train mine.yaml",
+        ("environment 'calculator' has levels=1", "it must be of type Sequence[int]"),
+        {"mine.yaml": _RUN.replace("calculator", "calculator, args: {levels: 1}")},
+    ),
     "an unknown argument": Case("check calculator level=1", ("takes no 'level'", "did you mean 'levels'?")),
     "a module that is not there": Case(
         "check nosuch.module:Env",
@@ -274,6 +287,11 @@ CASES: dict[str, Case] = {
         "train calculator --model model rollout.max_episode_tokens=512",
         ("model/tokenizer.json is torn",),
         model=_cut("tokenizer.json", 40),
+    ),
+    "a tokenizer.json that is something else": Case(
+        "eval calculator --model model",
+        ("no tokenizer could be loaded from 'model'",),
+        model=_cleared("tokenizer.json"),
     ),
     "a hub id while offline": Case(
         "train calculator --model nobody/nothing-here",

@@ -167,6 +167,42 @@ def test_wrong_settings_name_the_right_ones(kwargs: dict[str, Any], text: str) -
         agentrl.make(Mine, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"size": "many"}, r"Mine has size='many'; it must be of type int$"),
+        ({"size": 1.5}, r"size=1.5; it must be of type int$"),
+        ({"size": True}, "size=True"),
+        ({"size": 1, "colour": ["red"]}, r"colour=\['red'\]; it must be of type str$"),
+        ({"size": 1, "max_turns": "x"}, r"max_turns='x'; it must be of type (Optional\[int\]|int \| None)$"),
+        ({"size": 1, "bad_calls": "stop"}, r"bad_calls='stop'; it must be of type .*'explain', 'end'"),
+        ({"size": 1, "reward": 5}, r"reward=5.*callable that takes an Evidence"),
+    ],
+)
+def test_a_setting_of_a_wrong_type_says_which_it_must_be(kwargs: dict[str, Any], text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        agentrl.make(Mine, **kwargs)
+
+
+def test_a_list_is_a_tuple_an_integer_a_float_and_an_object_anything() -> None:
+    class Loose(Mine):
+        def __init__(self, *, places: tuple[int, ...], wait_s: float, clock: Any = None, **settings: Any):
+            super().__init__(size=1, **settings)
+            self.places = places
+
+    env = agentrl.make(Loose, places=[1, 2], wait_s=3, clock=object(), reward=lambda evidence: 1.0)
+    assert env.places == [1, 2]  # type: ignore[attr-defined]  # as it was given
+    assert agentrl.make(Loose, places=range(3), wait_s=3).places == range(3)  # type: ignore[attr-defined]
+
+
+def test_a_class_may_give_what_its_base_requires() -> None:
+    class Small(Mine):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(size=1, **settings)
+
+    assert agentrl.make(Small, colour="blue").size == 1  # type: ignore[attr-defined]
+
+
 def test_a_type_error_inside_a_constructor_stays_a_bug() -> None:
     class Broken(Mine):
         def __init__(self) -> None:
