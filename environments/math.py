@@ -33,6 +33,7 @@ Row = Mapping[str, Any]
 _QUESTION_KEYS = ("question", "problem")  # tried in turn where no column is named
 _ANSWER_KEYS = ("answer", "solution")
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and the mark that some editors put in front
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CALCULATOR_NOTE = re.compile(r"<<[^<>\n]*>>")  # GSM8K's: 48/2 = <<48/2=24>>24
 
 
@@ -201,6 +202,8 @@ def _parsed(line: bytes, place: str) -> Row:
         raise BadData(
             f"{place}: not JSON ({error.msg}, column {error.colno}); mend or remove the line"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets a thousand deep
+        raise BadData(f"{place}: JSON that can't be read ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
         raise BadData(
             f"{place}: a {type(row).__name__}, not a JSON object; give each row its columns by name"
@@ -216,7 +219,13 @@ def _text(row: Row, keys: Sequence[str], place: str) -> str:
     for key in keys:
         value = row.get(key)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
-            return str(value).strip()
+            text = str(value).strip()
+            if _SURROGATE.search(text):
+                raise BadData(
+                    f"{place}: half of a surrogate pair, \\ud800 to \\udfff, in the column {key!r}, which no "
+                    "text can have; mend or remove the line"
+                )
+            return text
     wanted, there = " or ".join(map(repr, keys)), ", ".join(map(repr, row)) or "none"
     raise BadData(
         f"{place}: no text in the column {wanted}; the columns are {there}: "

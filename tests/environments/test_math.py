@@ -179,6 +179,10 @@ def test_a_folder_without_splits_is_refused(tmp_path: Path) -> None:
         ('{"question": "?", "answer": "so ####"}\n', "rows.jsonl:1: no answer in"),
         ("\n", "the split 'train' of .* has no rows"),
         ("\udcff", "rows.jsonl:1: not UTF-8"),
+        ('{"question": "\\ud83d?", "answer": 1}\n', "rows.jsonl:1: half of a surrogate pair.*'question'"),
+        ('{"question": "?", "answer": "\\udc00"}\n', "rows.jsonl:1: half of a surrogate pair.*'answer'"),
+        pytest.param('{"question": "?", "answer": ' + "9" * 5000 + "}", "jsonl:1: .*digits", id="digits"),
+        pytest.param("[" * 100_000, "rows.jsonl:1: JSON that can't be read", id="brackets"),
     ],
 )
 def test_rows_that_can_not_be_used_are_refused_with_their_place(tmp_path: Path, text: str, said: str) -> None:
