@@ -237,9 +237,9 @@ class _Episode:
     def _check_opening(self, tokens: int) -> None:
         if tokens >= self._limits.max_episode_tokens:
             raise UserError(
-                f"the opening of task {self._env.task.id!r} has {tokens} tokens, and "
-                f"rollout.max_episode_tokens is {self._limits.max_episode_tokens}: nothing could be said; "
-                "raise it or shorten the prompt"
+                f"the opening of task {self._env.task.id!r} has {tokens} tokens, and the context is "
+                f"{self._limits.max_episode_tokens}: nothing could be said; raise rollout.max_episode_tokens "
+                "(of eval --context, up to what the model has), or shorten the prompt"
             )
 
     async def _speak(self, prompt_ids: IntArray, most_tokens: int) -> Completion:

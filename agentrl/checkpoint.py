@@ -182,8 +182,9 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """The PEFT adapter in ``folder``. Raises BadData where there is none."""
+    """The PEFT adapter in ``folder``. Raises BadData where there is none, or one that can't be read."""
     from peft import PeftConfig
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -192,8 +193,15 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"{folder} holds no PEFT adapter; it should have adapter_config.json and "
             "adapter_model.safetensors"
         )
-    config = PeftConfig.from_pretrained(str(folder)).to_dict()
-    return Adapter(config, load_file(folder / "adapter_model.safetensors"))
+    try:
+        config = PeftConfig.from_pretrained(str(folder)).to_dict()
+        return Adapter(config, load_file(folder / "adapter_model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # each from one of its files
+        reason = str(error).partition("\n")[0]
+        raise BadData(
+            f"the adapter in {folder} can't be read ({type(error).__name__}: {reason}); copy its "
+            "adapter_config.json and adapter_model.safetensors again"
+        ) from error
 
 
 @contextmanager

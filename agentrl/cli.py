@@ -116,8 +116,8 @@ def evaluate(
     """Measure pass@k with 95 % intervals, clustered by task."""
     if greedy and (n is not None or temperature is not None):
         raise BadConfig("-n and --temperature have no effect with --greedy, one episode a task: remove them")
-    n = n or (1 if greedy else 8)
     temperature = 0.0 if greedy else 1.0 if temperature is None else temperature
+    n = n or (1 if temperature == 0 else 8)
     counts, sampling = _counts(k), _sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k)
     from agentrl.configfile import load_engine
 

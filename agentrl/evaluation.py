@@ -203,6 +203,8 @@ def evaluate(
         raise BadConfig(f"k is {list(ks)}: each must be at least 1 and at most n, {n}; raise -n or lower -k")
     engine = engine or EngineConfig()
     sampling = sampling or Sampling(max_tokens=512, seed=0)
+    if sampling.temperature == 0 and n > 1:
+        raise BadConfig(f"n is {n}, all the same with a temperature of 0: take 1 (-n 1, or --greedy)")
     make_env = _factory(environment, dict(args or {}))
     available = tasks_available(make_env(), split, wanted=tasks)
     plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
@@ -231,6 +233,7 @@ def evaluate(
             limits=limits,
             in_flight=engine.max_sequences,
             deterministic=engine.deterministic,
+            on_stall=on_note,
         )
         return await run_evaluation(
             rollouts, plans, sampling=sampling, k=ks, success=success, on_episode=on_episode

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -58,6 +59,7 @@ def load_model(path: str | Path, *, dtype: str = "auto", device: torch.device | 
         ValueError,
         RuntimeError,
         SafetensorError,
+        StrictDataclassError,  # values in config.json of a wrong type, or that do not fit together
     ) as error:  # RuntimeError: sizes that do not fit
         raise UnsupportedModel(
             f"no model could be loaded from {str(path)!r}: {_in_short(error)}; give a folder with "
@@ -88,7 +90,8 @@ def load_tokenizer(path: str | Path) -> Any:
     check_tokenizer_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=is_offline(path))
-    except (OSError, ValueError) as error:
+    # KeyError: a tokenizer.json that is something else; the last of config.json, which is read here, too.
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UnsupportedModel(
             f"no tokenizer could be loaded from {str(path)!r}: {_in_short(error)}; the model's folder must "
             "hold tokenizer.json and tokenizer_config.json"
@@ -126,7 +129,7 @@ def load_settings(path: str | Path) -> Any:
     local = is_offline(path)
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise UnsupportedModel(
             f"{path} has no config that can be read ({_in_short(error)}); give the folder or hub id of the "
             "model that the server serves: its tokenizer, chat template and config are used"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +252,25 @@ def test_rounds_are_kept_where_the_engine_is_to_be_deterministic(
 def test_a_k_that_can_not_be_estimated_is_refused_before_anything_is_loaded(k: tuple[int, ...]) -> None:
     with pytest.raises(BadConfig, match=r"at most n, 8"):
         evaluate(Marks, model="nowhere", n=8, k=k)
+
+
+def test_a_stalled_evaluation_says_what_it_waits_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = threading.Event()
+
+    class Slow(ToolEnv):
+        def tasks(self, split: str) -> Sequence[Task]:
+            return [Task(id=f"{split}-0", prompt=(Message("user", "?"),))]
+
+        def reward(self, evidence: Any) -> float:
+            return float(told.wait(30))
+
+    def on_note(note: str) -> None:
+        if "task 'test-0', sibling 0, on the reward" in note:
+            told.set()
+
+    patient = RolloutConfig
+    monkeypatch.setattr("agentrl.evaluation.RolloutConfig", partial(patient, stall_s=0.02))
+    settings: dict[str, Any] = {"n": 1, "sampling": SAMPLING, "on_note": on_note}
+    assert evaluate(Slow, model=tiny_checkpoint, context=256, **settings).mean_return == 1.0

@@ -230,6 +230,12 @@ CASES: dict[str, Case] = {
         {"data/test.jsonl": "{\n"},
         model=_GOOD,
     ),
+    "a prompt longer than the context to evaluate with": Case(
+        "eval echo_env:Long --model model --split train -n 1 --context 200",
+        ("the opening of task 'train-yes yes y'", "the context is 200", "--context"),
+        _ECHO_FILE,
+        model=_GOOD,
+    ),
     "an empty split": Case(
         "train echo_env:Empty --model model",
         ("the split 'test' of Empty has no tasks",),
@@ -305,6 +311,28 @@ CASES: dict[str, Case] = {
         "eval calculator --model model --adapter nope -n 1 --tasks 1",
         ("BadData: nope holds no PEFT adapter", "adapter_config.json"),
         model=_GOOD,
+    ),
+    "an adapter whose config is broken": Case(
+        "eval calculator --model model --adapter lora -n 1 --tasks 1",
+        ("BadData: the adapter in lora can't be read", "JSONDecodeError", "adapter_config.json"),
+        {"lora/adapter_config.json": "{", "lora/adapter_model.safetensors": "x"},
+        model=_GOOD,
+    ),
+    "an adapter whose weights are torn": Case(
+        "eval calculator --model model --adapter lora -n 1 --tasks 1",
+        ("BadData: the adapter in lora can't be read", "SafetensorError"),
+        {"lora/adapter_config.json": '{"peft_type": "LORA"}', "lora/adapter_model.safetensors": "x"},
+        model=_GOOD,
+    ),
+    "greedy episodes that are all the same": Case(
+        "eval calculator --model model --temperature 0 -n 4",
+        ("n is 4, all the same with a temperature of 0",),
+        model=_GOOD,
+    ),
+    "a config.json with a value of a wrong type": Case(
+        "eval calculator --model model",
+        ("could be loaded from 'model'", "vocab_size"),
+        model=_edited("config.json", vocab_size="many"),
     ),
     "an unknown architecture": Case(
         "eval calculator --model model",
