@@ -1,9 +1,12 @@
 """The inside of a worker process: one function, served over stdin and stdout until the parent goes away.
 
-A frame is four bytes of length, big-endian, and that much JSON. A request is ``{"payload": ...}``; a reply is
-``{"value": ...}``, ``{"limit": "memory"}`` or ``{"bug": traceback}``, and has ``"worn": true`` where the
-process has grown so much that the next request should get a fresh one. The first reply answers the probe,
-unasked.
+A frame is four bytes of length, big-endian, and that much JSON. A request is ``{"payload": ...}``; a reply
+is ``{"value": ...}``, ``{"limit": "memory"}`` or ``{"bug": traceback}``. The first two also have ``seconds``,
+what the request took, and ``worn``: whether the process has grown so much that the next request should get a
+fresh one. The first reply of all is the bare answer to the probe, unasked.
+
+Requests may stand in the pipe while one is worked on. Each is answered before the next is taken up; after a
+reply that is worn, or has no value, the process ends and takes none up.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -53,7 +56,12 @@ def serve(*, target: str, probe: Any, start_s: float, deadline_s: float, memory_
         _send(replies, {"value": answer})
         while (request := _receive(requests)) is not None:
             signal.setitimer(signal.ITIMER_REAL, deadline_s + _GRACE_S)
-            _send(replies, {**_answer(function, request["payload"]), "worn": memory.is_worn()})
+            began = time.monotonic()
+            reply = _answer(function, request["payload"])
+            worn = memory.is_worn()
+            _send(replies, {**reply, "seconds": time.monotonic() - began, "worn": worn})
+            if worn or "value" not in reply:
+                break
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
@@ -61,26 +69,27 @@ class _MemoryCap:
     """Caps the address space at what is in use now, plus ``allowance`` bytes; on Linux only."""
 
     def __init__(self, allowance: int) -> None:
-        self._worn_at = _address_space() + allowance // 4
-        self._known = _address_space() > 0
-        if self._known:
-            _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            cap = _address_space() + allowance
-            cap = cap if hard == resource.RLIM_INFINITY else min(cap, hard)
-            resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+        try:
+            self._statm = os.open(
+                "/proc/self/statm", os.O_RDONLY
+            )  # kept: opened anew it costs ten times as much
+        except FileNotFoundError:
+            self._statm = -1
+            return
+        in_use = self._address_space()
+        self._worn_at = in_use + allowance // 4
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        cap = in_use + allowance
+        cap = cap if hard == resource.RLIM_INFINITY else min(cap, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
 
     def is_worn(self) -> bool:
         """Whether a quarter of the allowance stayed in use: the next request would not get its share."""
-        return self._known and _address_space() > self._worn_at
+        return self._statm >= 0 and self._address_space() > self._worn_at
 
-
-def _address_space() -> int:
-    """Bytes of this process's address space; 0 where the system does not tell."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
-    except FileNotFoundError:
-        return 0
-    return int(pages) * resource.getpagesize()
+    def _address_space(self) -> int:
+        """Bytes of this process's address space."""
+        return int(os.pread(self._statm, 64, 0).split()[0]) * resource.getpagesize()
 
 
 def _answer(function: Callable[[Any], Any], payload: Any) -> dict[str, Any]:

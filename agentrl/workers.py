@@ -5,6 +5,11 @@ time: plain JSON in, plain JSON out, over pipes, nothing pickled. It is used aga
 has a deadline in wall-clock seconds, counted from when a worker takes it up (waiting for a free worker is not
 counted), and a memory cap above what an idle worker has.
 
+Short requests stand in line in a worker's pipe, so that it need not wait for the next one. The caller whose
+request is at the front holds the worker until it is answered, then hands it on to the one behind: what goes
+wrong is therefore its own. Who stood behind a request that cost the worker is put to another one, first of
+all, unblamed.
+
 Three ends of a request: ``Done``; ``Limit``, where it went over a limit or killed its worker while another
 worker still answers the probe, so the request is to blame; WorkerLost, where the probe fails too and the
 world is to blame. A request whose worker died is put to a fresh one once: what kills from outside has gone by
@@ -19,38 +24,26 @@ that there are sandboxes. POSIX only.
 from __future__ import annotations
 
 import atexit
-import contextlib
-import json
 import math
 import os
-import select
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from agentrl.errors import AgentRLError, WorkerLost
+from agentrl.errors import WorkerLost
 from agentrl.faults import healed
-from agentrl.worker_process import HEADER_BYTES, frame
+from agentrl.worker_handle import Died, Late, Probe, Worker, WorkerBug, start_worker
+from agentrl.worker_process import frame
 
 __all__ = ["Done", "Limit", "Probe", "WorkerBug", "WorkerPool", "shared_pool"]
 
-_START_S = (
-    120.0  # to import and answer the probe: one second on an idle machine, many where all cores are busy
-)
-_MAX_REPLY_BYTES = 16 << 20
-_BOOT = (
-    "import json, sys; start = json.loads(sys.argv[1]); sys.path[:] = start.pop('path'); "
-    "from agentrl.worker_process import serve; serve(**start)"
-)
-
-
-class WorkerBug(AgentRLError):
-    """The worker's function raised: a bug, with the worker's traceback."""
+# Work that may stand in a pipe behind one request. A busy parent brings the next one late: switching between
+# its threads takes Python up to 5 ms, once or twice. Requests that take longer never stand behind another.
+_AHEAD_S = 0.01
+_MOST_AHEAD = 15  # requests, be they as short as they may: one that hangs delays no more
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +60,27 @@ class Limit:
     kind: Literal["deadline", "memory", "crash"]  # crash: the worker died otherwise, of a stack overflow say
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """A request with a known answer: while a worker gives it, the world is in order."""
+@dataclass(slots=True, eq=False)
+class _Line:
+    """A worker, and whose requests stand in its pipe behind the one that it works on."""
 
-    payload: Any
-    answer: Any
+    worker: Worker
+    behind: deque[_Request] = field(default_factory=deque)
+    since: float = field(default_factory=time.monotonic)  # when it took up the request at the front
+    is_open: bool = False  # to others
+    is_spoilt: bool = False  # an answer will come that nobody waits for any more
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One framed request. Its caller waits for one of the pool's places, each good for one worker."""
+
+    data: bytes
+    turn: threading.Lock = field(default_factory=threading.Lock)  # taken until the place is there
+    line: _Line | None = None  # what the caller holds; comes with the place where ``data`` is at its front
+
+    def __post_init__(self) -> None:
+        self.turn.acquire()
 
 
 class WorkerPool:
@@ -92,10 +100,12 @@ class WorkerPool:
         self._deadline_s = deadline_s
         self._memory_mib = memory_mib
         self._probe = probe
-        self._free = threading.Semaphore(size)  # every holder has a deadline, so nobody waits for ever
-        self._lock = threading.Lock()
-        self._idle: list[_Worker] = []
-        self._busy: set[_Worker] = set()
+        self._lock = threading.Lock()  # for all below
+        self._free = size  # places; every holder of one has a deadline, so nobody waits for ever
+        self._waiting: deque[_Request] = deque()  # in order; empty while a place is free
+        self._idle: list[_Line] = []
+        self._busy: set[_Line] = set()
+        self._typical_s = _AHEAD_S  # of a request, a running mean
         self._closed = False
 
     def call(self, payload: Any) -> Done | Limit:
@@ -103,24 +113,27 @@ class WorkerPool:
 
         Raises WorkerLost (the world's fault), WorkerBug, and TypeError for a payload that JSON can't carry.
         """
-        request = frame({"payload": payload})
-        with self._free:
-            outcome = self._ask(request)
+        request = _Request(frame({"payload": payload}))
+        self._wait_for_place(request)
+        try:
+            outcome = self._ask(request, request.data)
             if outcome == Limit("crash"):
                 outcome = self._ask_again(request)
             if isinstance(outcome, Limit):
-                self._prove(outcome)
+                self._prove(request, outcome)
             return outcome
+        finally:
+            self._hand_on(request)
 
     def close(self) -> None:
         """Kill every worker; the calls that these were busy with raise WorkerLost. Idempotent."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-            for worker in self._busy:
-                worker.kill()  # whoever holds it lets go of it
-        for worker in idle:
-            worker.let_go()
+            for line in self._busy:
+                line.worker.kill()  # whoever holds it lets go of it
+        for line in idle:
+            line.worker.let_go()
 
     def __enter__(self) -> Self:
         return self
@@ -130,191 +143,188 @@ class WorkerPool:
     ) -> None:
         self.close()
 
-    def _ask(self, request: bytes, *, fresh: bool = False) -> Done | Limit:
-        worker = self._take(fresh=fresh)
+    # -- with a place --
+
+    def _ask(self, request: _Request, data: bytes, *, fresh: bool = False) -> Done | Limit:
+        """What becomes of ``data``: in the line that came with the place, else in an idle or a new one."""
+        sent = request.line is not None
+        line = request.line = request.line or self._take(fresh=fresh)
         fit = False
         try:
-            reply = worker.ask(request, deadline_s=self._deadline_s)
+            reply = self._reply(line, None if sent else data, alone=fresh)
+            self._learn(reply.get("seconds", self._deadline_s))
             fit = "value" in reply and not reply["worn"]
         finally:  # also where Ctrl-C came between question and answer: nobody else may get this answer
-            self._give_back(worker, fit=fit)
+            if not fit:
+                request.line = None
+                self._discard(line)
         if "bug" in reply:
             raise WorkerBug(f"{self._target} raised in its worker process:\n{reply['bug']}")
         return Limit(reply["limit"]) if "limit" in reply else Done(reply["value"])
 
-    def _ask_again(self, request: bytes) -> Done | Limit:
+    def _reply(self, line: _Line, data: bytes | None, *, alone: bool) -> dict[str, Any]:
+        """The reply to ``data``, or to what ``line`` has at its front; ``{"limit": kind}`` where none is."""
+        try:
+            if data is not None:
+                line.since = time.monotonic()
+                line.worker.send(data, line.since + self._deadline_s)
+                with self._lock:
+                    line.is_open = not alone
+                    self._fill(line)
+            return line.worker.receive(line.since + self._deadline_s)
+        except Late:
+            return {"limit": "deadline"}
+        except Died:
+            return {"limit": "crash"}
+
+    def _learn(self, seconds: float) -> None:
+        with self._lock:
+            self._typical_s += (seconds - self._typical_s) / 8
+
+    def _ask_again(self, request: _Request) -> Done | Limit:
         """Put ``request``, whose worker died, to a new one: an idle one may be dead as well."""
-        outcome = self._ask(request, fresh=True)
+        outcome = self._ask(request, request.data, fresh=True)
         if outcome != Limit("crash"):
             healed(
                 WorkerLost(f"a worker of {self._target} was killed from outside; another one did its work")
             )
         return outcome
 
-    def _prove(self, outcome: Limit) -> None:
+    def _prove(self, request: _Request, outcome: Limit) -> None:
         """Raise WorkerLost unless a known-good request succeeds, in an idle worker or else in a fresh one."""
-        answer = self._ask(frame({"payload": self._probe.payload}))
+        answer = self._ask(request, frame({"payload": self._probe.payload}))
         if answer != Done(self._probe.answer):
             raise WorkerLost(
                 f"a worker of {self._target} failed ({outcome.kind}), then the good probe gave {answer}: "
                 "the machine is overloaded or the installation broken; use fewer workers or a longer deadline"
             )
 
-    def _take(self, *, fresh: bool) -> _Worker:
+    def _take(self, *, fresh: bool) -> _Line:
         with self._lock:
-            worker = self._idle.pop() if self._idle and not fresh else None
-        worker = worker or _start(self._options(), self._probe)
-        with self._lock:
-            self._busy.add(worker)
+            line = self._idle.pop() if self._idle and not fresh else None
             closed = self._closed
-        if closed:
-            self._give_back(worker, fit=False)
-            raise WorkerLost(f"the pool of {self._target} is closed: make a new one")
-        return worker
-
-    def _give_back(self, worker: _Worker, *, fit: bool) -> None:
+        if line is None and not closed:
+            line = _Line(
+                start_worker(
+                    self._target, self._probe, deadline_s=self._deadline_s, memory_mib=self._memory_mib
+                )
+            )
         with self._lock:
-            self._busy.discard(worker)
-            fit = fit and not self._closed
-            if fit:
-                self._idle.append(worker)
-        if not fit:
-            worker.let_go()
+            if line is not None and not self._closed:
+                self._busy.add(line)
+                return line
+        if line is not None:
+            line.worker.let_go()
+        raise WorkerLost(f"the pool of {self._target} is closed: make a new one")
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "path": [os.path.abspath(entry) for entry in sys.path],  # "" means here, for us as for the worker
-            "target": self._target,
-            "probe": self._probe.payload,
-            "start_s": _START_S,
-            "deadline_s": self._deadline_s,
-            "memory_mib": self._memory_mib,
-        }
+    def _discard(self, line: _Line) -> None:
+        with self._lock:
+            self._forget(line)
+        line.worker.let_go()
 
+    # -- places --
 
-class _Late(Exception):
-    """The deadline passed."""
-
-
-class _Died(Exception):
-    """The worker closed its pipe."""
-
-
-def _start(options: dict[str, Any], probe: Probe) -> _Worker:
-    """A worker that has answered ``probe``. Raises WorkerLost and WorkerBug."""
-    target = options["target"]
-    with tempfile.TemporaryFile() as log:
+    def _wait_for_place(self, request: _Request) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            if self._waiting or not self._join_any(request):
+                self._waiting.append(request)
         try:
-            worker = _Worker(options, log)
-        except OSError as error:
-            raise WorkerLost(
-                f"can't start a worker of {target}: {error}; free memory or processes"
-            ) from error
-        answer = None
-        try:
-            answer = worker.read_reply(time.monotonic() + _START_S)
-        except (_Late, _Died) as error:
-            how = "did not start in time" if isinstance(error, _Late) else "died while starting"
-            log.seek(0)
-            said = log.read().decode(errors="replace").strip()[-2000:] or "it said nothing"
-            raise WorkerLost(f"a worker of {target} {how}: {said}") from None
-        finally:  # also for Ctrl-C
-            if answer != {"value": probe.answer}:
-                worker.let_go()
-    if "bug" in answer:
-        raise WorkerBug(f"{target} raised while starting in its worker process:\n{answer['bug']}")
-    if answer != {"value": probe.answer}:
-        raise WorkerLost(f"a worker of {target} answered its probe with {answer}, not {probe.answer!r}")
-    return worker
+            request.turn.acquire()
+        except BaseException:  # Ctrl-C
+            self._withdraw(request)
+            raise
 
+    def _hand_on(self, request: _Request) -> None:
+        """Give the place of ``request``, and the worker that it leaves behind, to whoever is next."""
+        line = request.line
+        with self._lock:
+            over = line if line is not None and self._is_over(line) else None
+            if over is not None:
+                self._forget(over)
+            elif line is not None and line.behind:
+                self._serve_next(line)
+                return
+            elif line is not None:
+                self._rest(line)
+            self._free += 1
+            self._give_places()
+        if over is not None:
+            over.worker.let_go()
 
-class _Worker:
-    """One process and its two pipes. Only its holder may use it; ``kill`` is for anyone."""
+    def _withdraw(self, request: _Request) -> None:
+        """Take a request back whose caller was interrupted while it waited."""
+        with self._lock:
+            if request in self._waiting:
+                self._waiting.remove(request)
+                return
+            line = next((line for line in self._busy if request in line.behind), None)
+            if line is not None:
+                after = deque[_Request]()
+                while (last := line.behind.pop()) is not request:
+                    after.appendleft(last)
+                line.is_open, line.is_spoilt = False, True
+                self._put_back(after)
+                return
+        if request.line is not None:  # its turn came with the interrupt
+            self._discard(request.line)
+            request.line = None
+        self._hand_on(request)
 
-    def __init__(self, options: dict[str, Any], log: IO[bytes]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-X", "utf8", "-c", _BOOT, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            bufsize=0,
-            env=_minimal_environment(),
-            start_new_session=True,  # Ctrl-C is for the parent
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self._stdin, False)
-        os.set_blocking(self._stdout, False)
+    # -- under the lock --
 
-    def ask(self, request: bytes, *, deadline_s: float) -> dict[str, Any]:
-        """The reply to one framed request; ``{"limit": kind}`` where there is none."""
-        until = time.monotonic() + deadline_s
-        try:
-            self._write(request, until)
-            return self.read_reply(until)
-        except _Late:
-            return {"limit": "deadline"}
-        except _Died:
-            return {"limit": "crash"}
+    def _is_over(self, line: _Line) -> bool:
+        return self._closed or (line.is_spoilt and not line.behind)
 
-    def read_reply(self, until: float) -> dict[str, Any]:
-        """The next reply. Raises _Late after ``until`` (monotonic), _Died, and WorkerBug for a huge one."""
-        size = int.from_bytes(self._read(HEADER_BYTES, until), "big")
-        if size > _MAX_REPLY_BYTES:
-            raise WorkerBug(f"a worker returned {size} bytes of JSON; {_MAX_REPLY_BYTES} are allowed")
-        reply: dict[str, Any] = json.loads(self._read(size, until))
-        return reply
+    def _serve_next(self, line: _Line) -> None:
+        heir = line.behind.popleft()
+        line.since = time.monotonic()
+        heir.line = line
+        heir.turn.release()
+        self._fill(line)
 
-    def kill(self) -> None:
-        """End the process."""
-        self._process.kill()
+    def _rest(self, line: _Line) -> None:
+        line.is_open = False
+        self._busy.discard(line)
+        self._idle.append(line)
 
-    def let_go(self) -> None:
-        """End the process and close its pipes; idempotent."""
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: dead, only not reaped
-            self._process.wait(timeout=5)
+    def _give_places(self) -> None:
+        while self._free and self._waiting:
+            self._free -= 1
+            self._waiting.popleft().turn.release()
 
-    def _write(self, data: bytes, until: float) -> None:
-        view = memoryview(data)
-        while view:
-            _wait(self._stdin, select.POLLOUT, until)
-            try:
-                view = view[os.write(self._stdin, view) :]
-            except BrokenPipeError:
-                raise _Died from None
+    def _fill(self, line: _Line) -> None:
+        while self._waiting and self._join(line, self._waiting[0]):
+            self._waiting.popleft()
 
-    def _read(self, size: int, until: float) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            _wait(self._stdout, select.POLLIN, until)
-            chunk = os.read(self._stdout, size - len(data))
-            if not chunk:
-                raise _Died
-            data += chunk
-        return bytes(data)
+    def _join_any(self, request: _Request) -> bool:
+        shortest_first = sorted(self._busy, key=lambda line: len(line.behind))
+        return any(self._join(line, request) for line in shortest_first)
 
+    def _join(self, line: _Line, request: _Request) -> bool:
+        """Let ``request`` stand in ``line``; whether there was room."""
+        most = min(int(_AHEAD_S / self._typical_s), _MOST_AHEAD)
+        joined = line.is_open and len(line.behind) < most and line.worker.send_at_once(request.data)
+        if joined:
+            line.behind.append(request)
+        return joined
 
-def _wait(descriptor: int, event: int, until: float) -> None:
-    poll = select.poll()
-    poll.register(descriptor, event)
-    if not poll.poll(max(until - time.monotonic(), 0) * 1000):
-        raise _Late
+    def _forget(self, line: _Line) -> None:
+        self._busy.discard(line)
+        self._put_back(line.behind)
+        line.behind = deque()
 
-
-def _minimal_environment() -> dict[str, str]:
-    """What Python may need to start, and one thread for each numerical library: nothing of the user's."""
-    loader = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PATH") if name in os.environ}
-    return {**loader, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    def _put_back(self, requests: deque[_Request]) -> None:
+        """Let those who stood in a line that is gone be the next."""
+        self._waiting.extendleft(reversed(requests))
+        self._give_places()
 
 
 def shared_pool(target: str, *, size: int, deadline_s: float, memory_mib: int, probe: Probe) -> WorkerPool:
     """This process's one pool of that configuration; closed at exit. A forked child has its own."""
-    key = json.dumps([target, size, deadline_s, memory_mib, probe.payload, probe.answer], sort_keys=True)
+    key = (target, size, deadline_s, memory_mib, probe.text)
     with _shared_lock:
         if key not in _shared:
             _shared[key] = WorkerPool(
@@ -335,8 +345,9 @@ def _forget_shared() -> None:
     _shared, _shared_lock = {}, threading.Lock()
 
 
-_shared: dict[str, WorkerPool] = {}
+_Shared = dict[tuple[str, int, float, int, str], WorkerPool]
+_shared: _Shared = {}
 _shared_lock = threading.Lock()
-_parents: list[dict[str, WorkerPool]] = []
+_parents: list[_Shared] = []
 atexit.register(_close_shared)
 os.register_at_fork(after_in_child=_forget_shared)

@@ -5,8 +5,9 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from agentrl.errors import WorkerLost
 from agentrl.faults import Ledger
+from agentrl.types import Fault
 from agentrl.workers import Done, Limit, Probe, WorkerBug, WorkerPool, shared_pool
 
 JOBS = """
@@ -39,6 +41,8 @@ def work(job):
         print("noise", flush=True)
         os.write(1, b"noise")
         print("noise", file=sys.stderr)
+    elif action == "echo":
+        return value
     elif action == "environment":
         return dict(os.environ)
     elif action == "return":
@@ -62,9 +66,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def make_pool(jobs: Path, size: int = 1) -> WorkerPool:
+def make_pool(jobs: Path, size: int = 1, deadline_s: float = DEADLINE_S) -> WorkerPool:
     probe = Probe(["probe", str(jobs / "broken")], "fine")
-    return WorkerPool("jobs:work", size=size, deadline_s=DEADLINE_S, memory_mib=64, probe=probe)
+    return WorkerPool("jobs:work", size=size, deadline_s=deadline_s, memory_mib=64, probe=probe)
 
 
 @pytest.fixture(scope="module")  # it outlives whatever is done to its workers
@@ -229,6 +233,138 @@ def test_a_closed_pool_has_no_workers_and_takes_no_calls(jobs: Path) -> None:
     pool.close()
 
 
+# -- requests in one worker's pipe --
+
+Asked = tuple[Done | Limit | WorkerBug | WorkerLost, list[Fault]]
+
+
+def ask(pool: WorkerPool, job: Any) -> Asked:
+    """How a call ended, and the faults that it met."""
+    with (ledger := Ledger()).opened():
+        try:
+            return pool.call(job), ledger.faults
+        except (WorkerBug, WorkerLost) as error:
+            return error, ledger.faults
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+@contextmanager
+def in_line(pool: WorkerPool, *queue: Any) -> Iterator[tuple[int, list[Future[Asked]]]]:
+    """The only worker's pid and the calls of ``queue``, all in its pipe; it stands still in the block."""
+    for _ in range(40):  # short ones, after which others are let into the pipe
+        worker = pid(pool)
+    os.kill(worker, signal.SIGSTOP)
+    with ThreadPoolExecutor(len(queue)) as threads:
+        calls = []
+        for behind, job in enumerate(queue):
+            calls.append(threads.submit(ask, pool, job))
+            wait_until(lambda: [len(line.behind) for line in pool._busy if line.is_open] == [behind])  # noqa: B023
+        try:
+            yield worker, calls
+        finally:
+            if is_running(worker):
+                os.kill(worker, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("job", "end"),
+    [
+        (["spin", None], Limit("deadline")),
+        (["allocate", 512], Limit("memory")),
+        (["die", signal.SIGSEGV], Limit("crash")),
+        (["fail", 0], WorkerBug),
+        (["return", "huge"], WorkerBug),
+        (["keep", 40], Done),  # a worn worker
+    ],
+)
+def test_those_behind_a_request_that_costs_the_worker_are_answered_by_another_unblamed(
+    jobs: Path, job: Any, end: Any
+) -> None:
+    with make_pool(jobs, deadline_s=3.0) as pool:
+        with in_line(pool, job, *[["pid", None]] * 3) as (worker, (first, *others)):
+            pass
+        outcome, faults = first.result()
+        assert outcome == end or type(outcome) is end
+        assert faults == []
+        assert not is_running(worker)
+        ends = [other.result() for other in others]
+        assert ends == [ends[0]] * 3
+        assert isinstance(ends[0][0], Done)
+        assert ends[0][0].value != worker
+        assert ends[0][1] == []
+
+
+def test_a_worker_killed_from_outside_is_a_fault_of_the_request_it_worked_on_alone(jobs: Path) -> None:
+    with make_pool(jobs, deadline_s=3.0) as pool:
+        with in_line(pool, *[["allocate", 1]] * 4) as (worker, calls):
+            os.kill(worker, signal.SIGKILL)
+        outcomes, faults = zip(*[call.result() for call in calls], strict=True)
+        assert set(outcomes) == {Done(1 << 20)}
+        assert [[fault.boundary for fault in met] for met in faults] == [["worker"], [], [], []]
+
+
+def test_several_hostile_requests_in_one_pipe_each_pay_for_themselves_only(jobs: Path) -> None:
+    queue = [["spin", None], ["pid", None], ["die", signal.SIGSEGV], ["spin", None], ["pid", None]]
+    with make_pool(jobs) as pool:
+        with in_line(pool, *queue) as (_, calls):
+            pass
+        outcomes = [call.result()[0] for call in calls]
+        expected = [Limit("deadline"), Done, Limit("crash"), Limit("deadline"), Done]
+        assert [type(o) if isinstance(o, Done) else o for o in outcomes] == expected
+
+
+def test_a_deadline_counts_from_when_a_worker_takes_the_request_up(jobs: Path) -> None:
+    with make_pool(jobs, deadline_s=2.0) as pool:
+        with in_line(pool, *[["sleep", 0.8]] * 3, ["spin", None]) as (worker, calls):
+            began = time.monotonic()
+        *sleepers, spinner = [call.result() for call in calls]
+        assert sleepers == [(Done(worker), [])] * 3  # the last one was done 2.4 s after it was sent
+        assert spinner == (Limit("deadline"), [])
+        assert time.monotonic() - began > 3 * 0.8 + 2.0
+
+
+def test_what_is_too_long_for_the_pipe_is_answered_in_its_turn(jobs: Path) -> None:
+    with make_pool(jobs, deadline_s=3.0) as pool, ThreadPoolExecutor(4) as threads:
+        with in_line(pool, ["pid", None], ["pid", None]) as (worker, _):
+            more = [threads.submit(ask, pool, ["pid", "x" * length]) for length in (5000, 500_000, 10, 5000)]
+        assert [call.result() for call in more] == [(Done(worker), [])] * 4
+
+
+def test_long_requests_do_not_stand_behind_one_another(jobs: Path) -> None:
+    with make_pool(jobs, size=2) as pool, ThreadPoolExecutor(8) as threads:
+        list(threads.map(pool.call, [["sleep", 0.05]] * 16))
+        hangs = threads.submit(pool.call, ["sleep", 0.9 * DEADLINE_S])
+        others = [threads.submit(pool.call, ["sleep", 0.01]) for _ in range(7)]
+        for other in others:
+            assert isinstance(other.result(), Done)
+        assert not hangs.done()
+
+
+def test_closing_ends_the_calls_that_stand_in_line_too(jobs: Path) -> None:
+    pool = make_pool(jobs, deadline_s=5.0)
+    with in_line(pool, *[["pid", None]] * 3) as (worker, calls), ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(ask, pool, ["pid", "x" * 5000])
+        pool.close()
+        for call in (*calls, waiting):
+            error, faults = call.result()
+            assert isinstance(error, WorkerLost)
+            assert "closed" in str(error)
+            assert faults == []
+    assert not is_running(worker)
+
+
+def test_many_threads_get_each_their_own_answer(jobs: Path) -> None:
+    with make_pool(jobs, size=2) as pool, ThreadPoolExecutor(40) as threads:
+        outcomes = threads.map(pool.call, [["echo", at] for at in range(2000)])
+        assert [outcome.value for outcome in outcomes] == list(range(2000))  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("limits", [(0, 1.0, 64), (1, 0.0, 64), (1, float("inf"), 64), (1, 1.0, 0)])
 def test_limits_that_make_no_sense_are_refused(limits: tuple[int, float, int]) -> None:
     size, deadline_s, memory_mib = limits
@@ -280,6 +416,38 @@ def test_a_forked_child_has_workers_of_its_own(jobs: Path) -> None:
     """
     finished = run_script(jobs, body)
     assert (finished.stdout.split(), finished.stderr) == (["0", "True"], "")
+
+
+def test_an_interrupted_caller_leaves_its_answer_to_nobody(jobs: Path) -> None:
+    body = """
+        for _ in range(40):
+            worker = pid()
+
+        def interrupt(job):
+            "SIGINT while the main thread waits, behind a request that the worker does not answer yet."
+            global worker
+            worker = pid()
+            os.kill(worker, signal.SIGSTOP)
+            answers = []
+            ask = lambda value: answers.append(pool().call(["echo", value]).value)
+            threads = [threading.Thread(target=ask, args=(1,)), threading.Thread(target=ask, args=(2,))]
+            threads[0].start()
+            time.sleep(0.1)
+            threading.Timer(0.1, threads[1].start).start()
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            try:
+                pool().call(job)
+            except KeyboardInterrupt:
+                os.kill(worker, signal.SIGCONT)
+            for thread in threads:
+                thread.join()
+            return answers
+
+        print(sorted(interrupt(["echo", 3])), pool().call(["echo", 4]).value)
+        print(sorted(interrupt(["echo", "x" * 5000])), pool().call(["echo", 5]).value)
+    """
+    finished = run_script(jobs, body)
+    assert (finished.stdout.splitlines(), finished.stderr) == (["[1, 2] 4", "[1, 2] 5"], "")
 
 
 def test_one_pool_serves_all_that_ask_for_the_same_configuration(jobs: Path) -> None:
