@@ -27,6 +27,7 @@ from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
 from agentrl.schedule import Schedule
 from agentrl.seeds import derive
+from agentrl.tasks import place_in
 from agentrl.threads import in_compute_thread
 from agentrl.tiny import TinyShape, make_tiny_model
 from agentrl.types import Sample
@@ -86,8 +87,10 @@ async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[],
 
 
 async def _gold_texts(config: RunConfig, env: Env, index: int) -> list[str]:
-    """Everything that is said in the gold episode of a task."""
-    env.reset(seed=0, options={"split": config.environment.train, "index": index})
+    """Everything that is said in the gold episode of a task; ``index`` is its place in endless passes."""
+    split = config.environment.train
+    index = place_in(env.task_list(split), index, split=split)
+    env.reset(seed=0, options={"split": split, "index": index})
     for message in env.gold(env.task):
         await env.astep(message)
     calls = (call for message in env.messages for call in message.tool_calls)

@@ -114,6 +114,22 @@ def interrupt_in_step(step: int) -> Callable[[Letters], None]:
     return on_score
 
 
+class Counted(Letters):
+    """As many tasks as a reader finds when it reads them."""
+
+    def tasks(self, split: str) -> Iterator[Task]:  # type: ignore[override]
+        yield from super().tasks(split)
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (Message("assistant", "a"),)
+
+
+def test_a_tiny_model_reads_a_stream_of_few_tasks_again(config: Callable[..., dict[str, Any]]) -> None:
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "texts": 12}
+    model, environment = {"path": None, "tiny": tiny}, {"id": f"{__name__}:Counted"}
+    assert agentrl.train(config(steps=0, model=model, environment=environment))["tasks"] == 3
+
+
 def test_the_calculator_is_trained_end_to_end_from_nothing(tmp_path: Path) -> None:
     summary = agentrl.train(
         {
