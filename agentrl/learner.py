@@ -22,7 +22,7 @@ from agentrl.attention import Branches
 from agentrl.batches import Batch, make_batches, split_minibatches, unpack
 from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
 from agentrl.engine import Adapter
-from agentrl.errors import AgentRLError, BadConfig
+from agentrl.errors import AgentRLError, BadConfig, did_you_mean
 from agentrl.losses import (
     ClipRange,
     Importance,
@@ -33,7 +33,7 @@ from agentrl.losses import (
     policy_loss,
     token_logprobs,
 )
-from agentrl.models import backbone, scoring_head
+from agentrl.models import backbone, linear_layers, scoring_head
 from agentrl.seeds import derive
 from agentrl.stopwatch import Stopwatch
 from agentrl.types import FloatArray, Sample
@@ -337,7 +337,8 @@ def adapt(model: Any, lora: LoraConfig, *, seed: int) -> Any:
     """``model`` with a fresh LoRA adapter injected in place, wrapped by PEFT; its weights depend on ``seed``
     alone.
 
-    Raises BadConfig for norms to be trained in a precision that rounds their updates away.
+    Raises BadConfig for norms to be trained in a precision that rounds their updates away, and for target
+    modules that the model does not have.
     """
     if lora.train_norms and model.dtype.itemsize < 4:  # LoRA's own matrices PEFT keeps in float32
         raise BadConfig(
@@ -347,6 +348,7 @@ def adapt(model: Any, lora: LoraConfig, *, seed: int) -> Any:
     import peft
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    _check_targets(model, targets)
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -357,6 +359,18 @@ def adapt(model: Any, lora: LoraConfig, *, seed: int) -> Any:
     )
     with _seeded(seed):
         return peft.get_peft_model(model, config)
+
+
+def _check_targets(model: Any, targets: str | Sequence[str]) -> None:
+    """Raises BadConfig for a name of no layer: PEFT overlooks it beside others that are there."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            known = linear_layers(model)
+            raise BadConfig(
+                f"lora.target_modules has {target!r}, and no layer of the model is called that"
+                f"{did_you_mean(target, known)}; it must be all-linear, or names such as {', '.join(known)}"
+            )
 
 
 @contextmanager

@@ -438,6 +438,14 @@ def test_norms_in_half_precision_are_refused(make_learner: MakeLearner) -> None:
     assert update(make_learner(dtype="bfloat16"), samples())["optimizer/grad_norm"] > 0
 
 
+def test_a_target_module_that_the_model_does_not_have_is_refused(make_learner: MakeLearner) -> None:
+    for names in (["k_prjo"], ["q_proj", "k_prjo"]):
+        with pytest.raises(BadConfig, match="has 'k_prjo'.*did you mean 'k_proj'.*all-linear.*q_proj"):
+            make_learner(lora={"target_modules": names}, fresh=True)
+    learner = make_learner(lora={"target_modules": ["q_proj", "layers.1.mlp.down_proj"]}, fresh=True)
+    assert sum("down_proj" in name for name in learner.publish().tensors) == 2  # A and B of one layer
+
+
 def test_a_restored_learner_goes_on_to_the_same_weights(make_learner: MakeLearner) -> None:
     learner = make_learner(optimizer={"learning_rate": 1e-2}, algorithm={"minibatches": 2})
     update(learner, samples(), step=0)
