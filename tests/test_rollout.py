@@ -232,9 +232,7 @@ def test_a_turn_never_outgrows_the_context(sums: type[Env], scripted_engine: Any
 def test_an_opening_that_leaves_no_room_is_the_users_error(
     sums: type[Env], scripted_engine: Any, chats: Chats
 ) -> None:
-    with pytest.raises(
-        UserError, match=r"the opening of task 'train-1' has .* rollout.max_episode_tokens is 10"
-    ):
+    with pytest.raises(UserError, match=r"the opening of task 'train-1' has .* the context is 10"):
         run(sums, scripted_engine("3"), chats, max_turn_tokens=10, max_episode_tokens=10)
 
 
