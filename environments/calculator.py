@@ -172,12 +172,11 @@ class _Tasks(Sequence[Task]):
 
 
 def _draw(random: Random, numbers: range) -> int:
-    """One of ``numbers``; those of n digits are n times as likely as those of one.
+    """One of ``numbers``, of each length equally often.
 
     Of uniform numbers up to 999 one in ten would have less than three digits, and a policy could do without.
     """
-    lengths = range(len(str(numbers[0])), len(str(numbers[-1])) + 1)
-    (length,) = random.choices(lengths, weights=lengths)
+    length = random.randint(len(str(numbers[0])), len(str(numbers[-1])))
     return random.choice(range(max(numbers[0], 10 ** (length - 1)), min(numbers[-1], 10**length - 1) + 1))
 
 
