@@ -61,6 +61,7 @@ class Calculator(ToolEnv):
         self,
         *,
         levels: Sequence[int] = _LEVELS,
+        min_operand: int = 1,
         max_operand: int = 999,
         seed: int = 0,
         train_tasks: int = 100_000,
@@ -71,11 +72,13 @@ class Calculator(ToolEnv):
             raise UserError(f"Calculator(levels={levels!r}): name one or more of {_LEVELS}")
         if not 9 <= max_operand <= _LARGEST_RESULT // 2:
             raise UserError(f"Calculator(max_operand={max_operand}): it lies in 9 to {_LARGEST_RESULT // 2}")
+        if not 1 <= min_operand <= max_operand // 2:
+            raise UserError(f"Calculator(min_operand={min_operand}): it lies in 1 to {max_operand // 2}")
         if min(train_tasks, test_tasks) < 1:
             raise UserError(
                 f"Calculator(train_tasks={train_tasks}, test_tasks={test_tasks}): both are above 0"
             )
-        self._recipe = _Recipe(tuple(levels), max_operand, seed)
+        self._recipe = _Recipe(tuple(levels), range(min_operand, max_operand + 1), seed)
         self._sizes = {"train": train_tasks, "test": test_tasks}
         super().__init__(**settings)
 
@@ -112,7 +115,7 @@ class _Recipe:
     """From a position in a split to its task, always the same one."""
 
     levels: tuple[int, ...]
-    max_operand: int
+    operands: range  # factors behind a result are smaller
     seed: int
 
     def task(self, split: str, index: int) -> Task:
@@ -134,14 +137,15 @@ class _Recipe:
         )
 
     def _problem(self, random: Random, level: int) -> tuple[int, tuple[Step, ...]]:
-        start = value = _draw(random, range(1, self.max_operand + 1))
-        largest_factor = self.max_operand if level == 1 else _LARGEST_FACTOR
+        least, most = self.operands[0], self.operands[-1]
+        start = value = _draw(random, self.operands)
+        factors = (max(least, 2), most) if level == 1 else (2, _LARGEST_FACTOR)
         steps: list[Step] = []
         for _ in range(level):
             ranges = {
-                "+": range(1, min(self.max_operand, _LARGEST_RESULT - value) + 1),
-                "-": range(1, min(self.max_operand, value) + 1),
-                "*": range(2, min(largest_factor, _LARGEST_RESULT // max(value, 1)) + 1),
+                "+": range(least, min(most, _LARGEST_RESULT - value) + 1),
+                "-": range(least, min(most, value) + 1),
+                "*": range(factors[0], min(factors[1], _LARGEST_RESULT // max(value, 1)) + 1),
             }
             symbol = random.choice([symbol for symbol, operands in ranges.items() if operands])
             operand = _draw(random, ranges[symbol])

@@ -72,6 +72,15 @@ def test_every_result_on_the_way_is_between_0_and_a_million() -> None:
             assert 0 <= value <= 1_000_000
 
 
+def test_no_operand_is_smaller_than_it_may_be_and_every_length_is_drawn_as_often() -> None:
+    given = [
+        (task.truth["start"], task.truth["steps"][0][1]) for task in tasks(400, levels=[1], min_operand=100)
+    ]
+    assert min(min(pair) for pair in given) >= 100
+    lengths = [len(str(task.truth["start"])) for task in tasks(600, levels=[1])]
+    assert all(150 < lengths.count(length) < 250 for length in (1, 2, 3))
+
+
 def test_tasks_are_the_same_in_every_process() -> None:
     made = "agentrl.make('calculator').task_list('test')[:8]"
     code = f"import agentrl; print([task.prompt[0].content for task in {made}])"
@@ -137,7 +146,14 @@ def test_the_tool_does_one_operation_on_integers(arguments: dict[str, Any], text
 
 @pytest.mark.parametrize(
     "settings",
-    [{"levels": []}, {"levels": [5]}, {"max_operand": 8}, {"max_operand": 10**6}, {"test_tasks": 0}],
+    [
+        {"levels": []},
+        {"levels": [5]},
+        {"max_operand": 8},
+        {"max_operand": 10**6},
+        {"min_operand": 500},
+        {"test_tasks": 0},
+    ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
