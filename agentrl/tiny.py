@@ -5,9 +5,10 @@ downloaded. It knows nothing: a warm start teaches it the protocol, reinforcemen
 
 The tokenizer is a byte-level BPE trained on the texts it is given, so any Unicode text survives a round trip;
 digits stand alone, so arithmetic sees them one by one. Merges run across words and punctuation, so whatever
-the texts say over and over becomes a few tokens: a call of a dozen words takes nine, not twenty-nine. The template is ChatML with Hermes tool calls,
-append-only; it announces tools by name and parameters alone, because every token counts in a context this
-small.
+the texts say over and over becomes a few tokens: a call of a dozen words takes nine, not twenty-nine.
+
+The template is ChatML with Hermes tool calls, append-only; it announces tools by name and parameters alone,
+because every token counts in a context this small.
 """
 
 from __future__ import annotations
