@@ -307,10 +307,11 @@ class Canary:
 
     def _seems(self, evidence: _Evidence, *, others: Sequence[_Weights], afresh: bool) -> str:
         """What the engine serves, in words."""
+        most = min(self._tolerance, evidence.gap)
         near = [
             (gap, other)
             for place, other, logprobs in zip(evidence.places, others, evidence.others, strict=True)
-            if place.told and place.allows(0) and (gap := _gap(evidence.engine, logprobs)) <= self._tolerance
+            if place.allows(0) and (gap := _gap(evidence.engine, logprobs)) <= most
         ]
         if near:
             _, served = min(near, key=lambda pair: pair[0])

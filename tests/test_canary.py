@@ -380,7 +380,7 @@ def test_an_engine_that_takes_no_step_is_found_once_steps_too_small_to_see_add_u
         cold=lambda loads: loads[min(len(loads) - 1, 1)],
         noise=lambda count: random.normal(0, 0.01, count),
         tolerance=5e-2,
-        learning_rate=1e-4,
+        learning_rate=2e-5,
     )
     run.learner.restore(shaken(run.learner.publish(), by=0.05), run.learner.optimizer_state())
     rows: list[dict[str, float]] = []

@@ -128,7 +128,7 @@ CASES: dict[str, Case] = {
     ),
     "a budget smaller than one sample": Case(
         "train quickstart batch.tokens_per_microbatch=100",
-        ("batch.tokens_per_microbatch is 100", "at least rollout.max_episode_tokens, 256"),
+        ("batch.tokens_per_microbatch is 100", "at least rollout.max_episode_tokens, 128"),
     ),
     "no model": Case("train calculator", ("model is missing", "--model M")),
     # -- environments and rewards --

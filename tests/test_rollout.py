@@ -224,7 +224,8 @@ def test_a_turn_never_outgrows_the_context(sums: type[Env], scripted_engine: Any
     known = scripted_engine(CALL, "3")
     run(sums, known, chats)
     context = len(known.requests[1][0]) + 5
-    trajectory = only(run(sums, scripted_engine(CALL, "3" * 40), chats, max_episode_tokens=context))
+    limits = {"max_turn_tokens": 45, "max_episode_tokens": context}
+    trajectory = only(run(sums, scripted_engine(CALL, "3" * 40), chats, **limits))
     assert [len(turn.completion.token_ids) for turn in trajectory.turns][1:] == [5]
     assert trajectory.stop_reason == "length"
 
