@@ -12,6 +12,10 @@ is their median, with an interval that holds for errors of any size and shape as
 alike under both. So a wrong version is found below the tolerance of the first question, too, outliers of
 16-bit kernels stop no run, and where a step moved the logprobs by less than rounding does, the row says so.
 
+An engine that merges the adapter into a base of 16 bits serves another policy than the learner's: weights
+have lost of the adapter what is small beside them. So the learner scores with the same merged weights then,
+and the proof is as sharp as without; what the two policies differ in is in ``mismatch/*``.
+
 Not covered: versions too alike to be told apart, which only a digest of the engine's tensors can tell; and
 whether the learner itself computes what it should.
 """
@@ -160,6 +164,7 @@ class Canary:
         seed: int,  # of what is sampled
         tolerance: float | None = None,  # mean nats from engine to learner; None: by the model's precision
         adapter_dtype: torch.dtype | None = None,  # that the engine rounds adapters to; None: it does not
+        merged: bool = False,  # whether the engine has adapter and base in one, rounded as the base is
     ) -> None:
         """Asks nothing yet. Raises ValueError for prompts that prove nothing."""
         distinct = _distinct(prompts)
@@ -167,7 +172,7 @@ class Canary:
         self._known = [known for _, known in distinct]  # first tokens of each that are not compared
         self._engine, self._learner, self._seed = engine, learner, seed
         self._tolerance = _tolerance(learner) if tolerance is None else tolerance
-        self._adapter_dtype = adapter_dtype
+        self._adapter_dtype, self._merged = adapter_dtype, merged
         self._scores = True  # until the engine refuses to
         self._base = _Weights(0, "the bare base", None)
         self._before = self._apart = self._base  # the last one proved; the last that was told from its past
@@ -280,7 +285,8 @@ class Canary:
     def _score(self, weights: _Weights, samples: Sequence[Sample]) -> FloatArray:
         """Logprobs (N,) of all samples' tokens under ``weights``; the same batches for every version, as
         rounding depends on them."""
-        return np.concatenate(self._learner.score_as(weights.adapter, samples, temperature=1.0))
+        scored = self._learner.score_as(weights.adapter, samples, temperature=1.0, merged=self._merged)
+        return np.concatenate(scored)
 
     # -- what is wrong --
 

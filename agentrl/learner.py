@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from agentrl.losses import (
     policy_loss,
     token_logprobs,
 )
+from agentrl.merging import merged_layers
 from agentrl.models import backbone, linear_layers, scoring_head
 from agentrl.seeds import derive
 from agentrl.stopwatch import Stopwatch
@@ -202,6 +203,7 @@ class Learner:
         samples: Sequence[Sample],
         *,
         temperature: float,
+        merged: bool = False,  # adapter and base in one matrix each, rounded to the base's precision
     ) -> list[FloatArray]:
         """Logprobs (T,) in nats of each sample's trained tokens under ``adapter``, 0 elsewhere.
 
@@ -215,7 +217,8 @@ class Learner:
         own = [parameter.detach().clone() for parameter in self.optimization.parameters]
         try:
             set_peft_model_state_dict(self.policy, dict(adapter.tensors))
-            return self.optimization.score(samples, temperature=temperature)
+            with merged_layers(self.policy) if merged else nullcontext():
+                return self.optimization.score(samples, temperature=temperature)
         finally:
             for parameter, value in zip(self.optimization.parameters, own, strict=True):
                 parameter.data.copy_(value)
