@@ -186,6 +186,7 @@ class EngineConfig(_Section):
     swap: Literal["finish", "continue"] = (
         "finish"  # vllm: what runs when new weights come keeps the old ones, or goes on with the new ones
     )
+    merge: bool = False  # vllm, on a GPU: adapters go into its weights; false: its LoRA kernels serve them
     share_gpu: bool = False  # vllm: on the learner's GPU; it sleeps, its memory free, while the learner works
     args: dict[str, Any] = {}  # vllm: its engine's arguments by their own names, gpu_memory_utilization say
     url: Text | None = None  # openai: of the API, its version included, http://127.0.0.1:8000/v1 say
@@ -217,7 +218,7 @@ class EngineConfig(_Section):
 
 _ENGINE_FIELDS = {  # that one kind has alone
     "embedded": ("deterministic",),
-    "vllm": ("swap", "share_gpu", "args"),
+    "vllm": ("swap", "merge", "share_gpu", "args"),
     "openai": ("url", "model", "dialect", "api_key_env", "adapter_dir", "request_retries", "backoff_s"),
 }
 
@@ -346,8 +347,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _engine_fits(self) -> RunConfig:
         engine = self.engine
-        if engine.kind != "embedded" and self.lora.train_norms:
-            reason = f"with engine.kind: {engine.kind}, which serves LoRA's matrices and no norms"
+        if engine.kind != "embedded" and self.lora.train_norms and not engine.merge:
+            other = ", or engine.merge true" if engine.kind == "vllm" else ""
+            reason = f"with engine.kind: {engine.kind}, which serves LoRA's matrices and no norms{other}"
             raise ValueError(f"lora.train_norms is true; it must be false {reason}")
         if engine.share_gpu and self.algorithm.max_staleness:
             reason = "rollouts that go on during the update can't leave the GPU to it"

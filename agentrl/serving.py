@@ -14,6 +14,7 @@ from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.engines.openai import OpenAIEngine, OpenAISettings
 from agentrl.engines.server import ServerSettings
 from agentrl.engines.vllm import VLLMEngine, VLLMSettings
+from agentrl.errors import BadConfig
 
 __all__ = ["Served", "open_engine"]
 
@@ -23,7 +24,8 @@ class Served:
     """What is to be served, and for what."""
 
     base: str | Path  # the model's folder or hub id
-    model: Any | None  # the same, in memory and without an adapter; the embedded engine needs it
+    # The same, in memory and without an adapter; the embedded engine and merged versions need it.
+    model: Any | None
     tokenizer: Any
     dtype: str = "auto"  # that the base is served in
     limits: RolloutConfig
@@ -43,7 +45,9 @@ async def open_engine(
     if settings.kind == "embedded":
         return EmbeddedEngine(served.model, max_sequences=settings.max_sequences)
     if settings.kind == "vllm":
-        return await VLLMEngine.start(_vllm(settings, served), on_note=on_note)
+        vllm, model = _vllm(settings, served), served.model
+        base = dict(model.named_parameters()) if settings.merge and model is not None else None
+        return await VLLMEngine.start(vllm, base=base, on_note=on_note)
 
     def encode(text: str) -> Sequence[int]:
         ids: Sequence[int] = served.tokenizer.encode(text, add_special_tokens=False)
@@ -54,6 +58,11 @@ async def open_engine(
 
 
 def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
+    if settings.merge and not served.training:
+        raise BadConfig(
+            "engine.merge is true; it is for training, as an evaluation has no base in memory to merge with: "
+            "remove it, or write a merged checkpoint with agentrl export RUN --merge DIR and evaluate that"
+        )
     return VLLMSettings(
         model=served.base,
         context=served.limits.max_episode_tokens,
@@ -62,6 +71,7 @@ def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
         lora_modules=served.lora_modules,
         dtype=served.dtype,
         swap=settings.swap,
+        merge=settings.merge,
         sleeps=settings.share_gpu,
         args=settings.args,
     )

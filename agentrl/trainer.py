@@ -231,10 +231,16 @@ class Trainer:
         prompts = [episode.turns[0].new_ids[-min(room, _CANARY_TOKENS) :] for episode in episodes]
         if not prompts or room < 2:
             return None
-        # An engine of another process casts adapters to the precision of the base.
-        dtype = self._learner.policy.get_base_model().dtype
-        seed = derive(self._config.seed, "canary")
-        return Canary(self._engine, self._learner, prompts=prompts, seed=seed, adapter_dtype=dtype)
+        # An engine of another process casts adapters to the precision of the base, or what it merges of both.
+        merged, dtype = self._config.engine.merge, self._learner.policy.get_base_model().dtype
+        return Canary(
+            self._engine,
+            self._learner,
+            prompts=prompts,
+            seed=derive(self._config.seed, "canary"),
+            adapter_dtype=None if merged else dtype,
+            merged=merged,
+        )
 
     def _with_advantages(self, step: int, groups: Sequence[Group]) -> list[Sample]:
         """The samples of the valid episodes, each with its episode's advantage."""

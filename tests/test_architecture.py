@@ -29,7 +29,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
-        "metrics alarms batches losses attention models softmax memory",
+        "metrics alarms batches losses attention models softmax memory merging",
         "engines learner checkpoint resume warm_start log tiny show export",
         "training trainer canary bench evaluation heldout prepare preflight serving",
         "cli __main__",
@@ -39,7 +39,12 @@ _LIGHT = 2  # the highest floor that must load neither torch nor transformers
 _HEAVY = frozenset({"torch", "transformers", "tokenizers", "peft", "accelerate", "vllm", "safetensors"})
 _ONLY_IN = {
     "accelerate": {"agentrl/learner.py", "agentrl/log.py"},
-    "vllm": {"agentrl/engines/vllm_core.py", "agentrl/engines/vllm_worker.py", "agentrl/parsers/vllm.py"},
+    "vllm": {
+        "agentrl/engines/vllm_core.py",
+        "agentrl/engines/vllm_transfer.py",
+        "agentrl/engines/vllm_worker.py",
+        "agentrl/parsers/vllm.py",
+    },
 }
 _MOST_LINES = 450  # of a file
 _MOST_FUNCTION_LINES = 60  # of code: without docstring, comments and blank lines

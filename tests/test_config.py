@@ -163,7 +163,12 @@ def test_a_kind_of_engine_is_short_for_a_section_of_its_own() -> None:
     "engine",
     [
         {"deterministic": True},
-        {"kind": "vllm", "swap": "continue", "args": {"gpu_memory_utilization": 0.5, "quantization": None}},
+        {
+            "kind": "vllm",
+            "swap": "continue",
+            "merge": True,
+            "args": {"gpu_memory_utilization": 0.5, "quantization": None},
+        },
         {**_SERVER, "model": "base", "api_key_env": "KEY", "request_retries": 0, "backoff_s": 0.5},
     ],
 )
@@ -174,7 +179,7 @@ def test_every_kind_of_engine_loads_back_equal(engine: dict[str, Any]) -> None:
 
 _OF_ONE_KIND: dict[str, dict[str, Any]] = {
     "embedded": {"deterministic": False},
-    "vllm": {"swap": "finish", "share_gpu": False, "args": {}},
+    "vllm": {"swap": "finish", "merge": True, "share_gpu": False, "args": {}},
     "openai": {
         "url": "http://h/v1",
         "model": "base",
@@ -230,6 +235,10 @@ def test_every_engine_setting_is_of_one_kind_or_of_all() -> None:
 def test_what_an_engine_can_not_train_is_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         _config(**{"model": {"path": "m"}, **sections})
+
+
+def test_norms_may_be_trained_where_vllm_gets_merged_weights() -> None:
+    assert _config(engine={"kind": "vllm", "merge": True}, lora={"train_norms": True}).lora.train_norms
 
 
 def test_vllm_serves_what_the_run_itself_has_made() -> None:

@@ -12,6 +12,11 @@ New weights while requests are in flight, by ``VLLMSettings.swap``:
               and what was said, with a seed of their own. Their past is computed anew, by the new weights.
               (``mode="keep"`` would keep it, and the old adapter: vLLM binds that to the request.)
 
+Merged weights (``VLLMSettings.merge``) exist once in vLLM, so there ``finish`` lets no request begin until
+those in flight have ended and the new version is in place: a load takes as long as the longest of them, and
+``continue`` is for those who do not want to wait. The prefix cache is emptied at every swap, as its keys say
+nothing of weights.
+
 Every token records the version that sampled it. Not covered: tensor and data parallelism with adapters, more
 than one event loop.
 """
@@ -19,19 +24,22 @@ than one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from agentrl.engine import Adapter, Sampling
 from agentrl.engines.in_flight import InFlight, Users
-from agentrl.engines.vllm_adapters import AdapterShelf, PublishedAdapter, check_servable
-from agentrl.engines.vllm_core import Core, CoreDied, Sampled, VLLMCore
+from agentrl.engines.vllm_adapters import AdapterShelf
+from agentrl.engines.vllm_core import Core, CoreDied, PublishedAdapter, Sampled, VLLMCore
+from agentrl.engines.vllm_merged import MergedWeights
 from agentrl.engines.vllm_settings import LORA_SLOTS, VLLMSettings
+from agentrl.engines.vllm_versions import Versions
 from agentrl.errors import EngineError, UserError
 from agentrl.seeds import derive
 from agentrl.threads import in_thread
@@ -61,7 +69,7 @@ class _Served:
 
     version: int
     adapter: Adapter | None = None  # None: the bare base
-    published: PublishedAdapter | None = None
+    published: PublishedAdapter | None = None  # as requests name it; None: what the core has in its weights
     users: Users = field(default_factory=Users)  # requests in flight
 
 
@@ -69,11 +77,16 @@ class VLLMEngine:
     """An :class:`agentrl.engine.Engine` over vLLM, for one event loop; made by :meth:`start`."""
 
     def __init__(
-        self, settings: VLLMSettings, *, start_core: StartCore, on_note: Callable[[str], None]
+        self,
+        settings: VLLMSettings,
+        *,
+        versions: Versions,
+        start_core: StartCore,
+        on_note: Callable[[str], None],
     ) -> None:
         """Starts nothing yet; ``on_note`` gets lines for people."""
         self._settings, self._start_core, self._on_note = settings, start_core, on_note
-        self._shelf = AdapterShelf()
+        self._versions = versions
         self._core: Core | None = None
         self._current = _Served(0)
         self._loading = asyncio.Lock()  # loads take effect in the order in which they were asked for
@@ -91,28 +104,40 @@ class VLLMEngine:
 
     @classmethod
     async def start(
-        cls, settings: VLLMSettings, *, on_note: Callable[[str], None] = lambda note: None
+        cls,
+        settings: VLLMSettings,
+        *,
+        base: Mapping[str, Tensor] | None = None,
+        on_note: Callable[[str], None] = lambda note: None,
     ) -> VLLMEngine:
         """An engine that serves the bare base; loading takes from seconds to minutes.
+
+        ``base``: its frozen parameters by name, on the GPU that vLLM has, where adapters are to be merged.
 
         Raises MissingExtra without vLLM, BadConfig for settings that it refuses, UserError where it can't
         start.
         """
-        return await cls.start_with(settings, start_core=VLLMCore.start, on_note=on_note)
+        return await cls.start_with(settings, base=base, start_core=VLLMCore.start, on_note=on_note)
 
     @classmethod
     async def start_with(
-        cls, settings: VLLMSettings, *, start_core: StartCore, on_note: Callable[[str], None]
+        cls,
+        settings: VLLMSettings,
+        *,
+        base: Mapping[str, Tensor] | None = None,
+        start_core: StartCore,
+        on_note: Callable[[str], None],
     ) -> VLLMEngine:
         """As :meth:`start`, over whatever core ``start_core`` makes."""
-        engine = cls(settings, start_core=start_core, on_note=on_note)
+        versions = _make_versions(settings, base)
+        engine = cls(settings, versions=versions, start_core=start_core, on_note=on_note)
         try:
-            engine._core = await start_core(settings, home=engine._shelf.home)
+            engine._core = await start_core(settings, home=versions.home)
         except EngineError as error:
-            engine._shelf.close()
+            versions.close()
             raise UserError(str(error)) from error
         except BaseException:
-            engine._shelf.close()
+            versions.close()
             raise
         return engine
 
@@ -148,7 +173,7 @@ class VLLMEngine:
         """
         self._attend()
         if adapter is not None:
-            check_servable(adapter.config, max_rank=self._settings.max_lora_rank)
+            self._versions.check(adapter)
         await self._in_flight.track(self._load(adapter, version), aborted=_CLOSED)
 
     async def sleep(self) -> None:
@@ -187,7 +212,7 @@ class VLLMEngine:
             await asyncio.wait(own)
         if self._core is not None:
             await self._core.stop()
-        await in_thread(self._shelf.close)
+        await in_thread(self._versions.close)
 
     def take_figures(self) -> dict[str, float]:
         """Tokens and restarts since the last call, under their metrics' names."""
@@ -276,17 +301,20 @@ class VLLMEngine:
 
     async def _swap(self, core: Core, adapter: Adapter | None, version: int) -> None:
         """Serve ``adapter`` instead of the current one, which goes once its requests are done."""
-        pausing = self._settings.swap == "continue" and bool(self._current.users)
+        cutting = self._settings.swap == "continue" and bool(self._current.users)
+        pausing = cutting or self._versions.in_place
         if pausing:
             self._open.clear()
-            self._pauses += 1
+            self._pauses += cutting
         try:
+            if pausing and not cutting:
+                await self._current.users.gone()
             if pausing:
                 await core.pause()
             while len(self._dropping) >= LORA_SLOTS - 1:
                 await asyncio.wait(self._dropping, return_when=asyncio.FIRST_COMPLETED)
-            fresh = await self._publish(core, adapter, version)
-            old, self._current = self._current, fresh
+            published = await self._versions.put(core, adapter, version)
+            old, self._current = self._current, _Served(version, adapter, published)
         finally:
             if pausing:
                 with suppress(CoreDied):
@@ -298,28 +326,11 @@ class VLLMEngine:
         if not old.users:
             await drop
 
-    async def _publish(self, core: Core, adapter: Adapter | None, version: int) -> _Served:
-        """Have ``core`` load ``adapter``, and prove that its kernels read it."""
-        if adapter is None:
-            return _Served(version)
-        published = await in_thread(self._shelf.publish, adapter, version, dtype=core.adapter_dtype)
-        try:
-            await core.add(published)
-            self._shelf.prove(published, await core.read_back(published))
-        except BaseException:
-            with suppress(CoreDied):
-                await core.remove(published)
-            self._shelf.remove(published)
-            raise
-        return _Served(version, adapter, published)
-
     async def _drop(self, core: Core, old: _Served) -> None:
         """Have ``core`` forget ``old`` once its requests are done."""
         await old.users.gone()
         if old.published is not None:
-            with suppress(CoreDied):
-                await core.remove(old.published)
-            await in_thread(self._shelf.remove, old.published)
+            await self._versions.take_back(core, old.published)
 
     # -- the core's life --
 
@@ -357,14 +368,21 @@ class VLLMEngine:
 
     async def _start_again(self) -> None:
         """Another core with what was served; nobody sees it before that is proved."""
-        core = await self._start_core(self._settings, home=self._shelf.home)
+        dead, core = self._core, await self._start_core(self._settings, home=self._versions.home)
         old = self._current
         try:
-            fresh = await self._publish(core, old.adapter, old.version)
+            published = await self._versions.put(core, old.adapter, old.version)
         except BaseException:
             await core.stop()
             raise
-        self._core, self._current = core, fresh
+        self._core, self._current = core, _Served(old.version, old.adapter, published)
         self._figures["engine/restarts"] += 1
-        if old.published is not None:
-            await in_thread(self._shelf.remove, old.published)
+        if dead is not None and old.published is not None:
+            await self._versions.take_back(dead, old.published)
+
+
+def _make_versions(settings: VLLMSettings, base: Mapping[str, Tensor] | None) -> Versions:
+    if not settings.merge:
+        return AdapterShelf(max_rank=settings.max_lora_rank)
+    assert base is not None, "what merges adapters needs the base"
+    return MergedWeights(base)

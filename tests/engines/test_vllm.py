@@ -97,7 +97,7 @@ def shared(loop: asyncio.Runner, settings: VLLMSettings, notes: list[str]) -> It
     before = os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)
     engine = loop.run(VLLMEngine.start(settings, on_note=notes.append))
     assert (os.sched_getaffinity(0), torch.get_num_threads(), dict(os.environ)) == before
-    home = engine._shelf.home
+    home = engine._versions.home
     assert home.is_dir()
     yield engine
     loop.run(engine.close())

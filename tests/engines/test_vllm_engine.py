@@ -1,43 +1,29 @@
-"""The engine over vLLM without vLLM: a fake core holds adapters, answers, pauses, lies and dies as told."""
+"""The engine over vLLM without vLLM, with adapters; merged weights are in test_vllm_merged.py."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from fake_vllm import PROMPT, Vllm, make_settings, sampling, serve, until
 
-from agentrl.engine import Adapter, Sampling
-from agentrl.engines.vllm import VLLMEngine, VLLMSettings
-from agentrl.engines.vllm_adapters import AdapterShelf, PublishedAdapter
-from agentrl.engines.vllm_core import CoreDied, Sampled
+from agentrl.engine import Adapter
+from agentrl.engines.vllm import VLLMEngine
+from agentrl.engines.vllm_adapters import AdapterShelf
+from agentrl.engines.vllm_core import PublishedAdapter
 from agentrl.engines.vllm_settings import engine_arguments, environment
-from agentrl.engines.vllm_worker import HOME_VARIABLE, OWNER_VARIABLE, AdapterReader, digest
+from agentrl.engines.vllm_versions import Ledger
+from agentrl.engines.vllm_worker import HOME_VARIABLE, OWNER_VARIABLE, WeightsReader, digest
 from agentrl.errors import BadConfig, EngineError, UserError, WrongWeights
-from agentrl.types import Completion, IntArray
-
-T = TypeVar("T")
-PROMPT: IntArray = np.arange(1, 9, dtype=np.int32)
-
-
-def settings(**changes: Any) -> VLLMSettings:
-    return VLLMSettings(
-        **{"model": "somewhere", "context": 64, "max_sequences": 8, "max_lora_rank": 4} | changes
-    )
-
-
-def sampling(tokens: int = 4, *, seed: int = 0, **more: Any) -> Sampling:
-    return Sampling(max_tokens=tokens, seed=seed, **more)
+from agentrl.types import Completion
 
 
 def adapter(seed: int = 0, **config: Any) -> Adapter:
@@ -51,135 +37,6 @@ def adapter(seed: int = 0, **config: Any) -> Adapter:
     return Adapter({"r": 2, "lora_alpha": 6, **config}, tensors)
 
 
-class FakeCore:
-    """Serves what lies in the folders that it is told to load; a request waits until it is released."""
-
-    def __init__(self) -> None:
-        self.vocabulary, self.adapter_dtype = 100, torch.float32
-        self.dead = self.stopped = self.paused = False
-        self.loaded: dict[str, Adapter] = {}
-        self.requests: list[tuple[list[int], Sampling, str]] = []
-        self.dies_at_add = False
-        self._go, self._cut = asyncio.Event(), asyncio.Event()
-        self._go.set()
-
-    def hold(self) -> None:
-        """Let requests wait."""
-        self._go.clear()
-
-    def release(self) -> None:
-        self._go.set()
-
-    def die(self) -> None:
-        self.dead = True
-        self._cut.set()
-
-    async def sample(
-        self, token_ids: list[int], sampling: Sampling, *, adapter: PublishedAdapter | None
-    ) -> Sampled:
-        assert not self.paused
-        assert adapter is None or adapter.name in self.loaded
-        self.requests.append((token_ids, sampling, adapter.name if adapter else ""))
-        cut = self._cut
-        waits = [asyncio.ensure_future(event.wait()) for event in (self._go, cut)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        if self.dead:
-            raise CoreDied("gone")
-        ended = not cut.is_set()
-        said = sampling.max_tokens if ended else 1
-        return Sampled([7] * said, [-0.5] * said, "length" if ended else "aborted", len(token_ids), 3)
-
-    async def score(self, token_ids: list[int], *, adapter: PublishedAdapter | None) -> list[float]:
-        return [0.0] * len(token_ids)
-
-    async def add(self, adapter: PublishedAdapter) -> None:
-        if self.dies_at_add:
-            self.dead = True
-        if self.dead:
-            raise CoreDied("gone")
-        assert len(self.loaded) < 2
-        assert adapter.name not in self.loaded
-        config = json.loads((adapter.folder / "adapter_config.json").read_text())
-        self.loaded[adapter.name] = Adapter(config, load_file(adapter.folder / "adapter_model.safetensors"))
-
-    async def remove(self, adapter: PublishedAdapter) -> None:
-        if self.dead:
-            raise CoreDied("gone")
-        self.loaded.pop(adapter.name, None)
-
-    async def read_back(self, adapter: PublishedAdapter) -> dict[str, str]:
-        found = self.loaded[adapter.name]
-        scaled = {"A": 1.0, "B": found.config["lora_alpha"] / found.config["r"]}
-        served = {}
-        for name, values in found.tensors.items():
-            module, side = name.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
-            padded = torch.zeros(8, 8)
-            padded[: values.shape[0], : values.shape[1]] = values * scaled[side]
-            served[f"{module}.{side}"] = digest(padded)
-        return served
-
-    async def pause(self) -> None:
-        self.paused = True
-        self._cut.set()
-
-    async def resume(self) -> None:
-        self.paused = False
-        self._cut = asyncio.Event()
-
-    async def sleep(self) -> None:
-        await self.pause()
-
-    async def wake(self) -> None:
-        await self.resume()
-
-    async def stop(self) -> None:
-        self.stopped = True
-
-
-class Vllm:
-    """Starts fake cores and remembers them."""
-
-    def __init__(self, *, fails: int = 0) -> None:
-        self.cores: list[FakeCore] = []
-        self.notes: list[str] = []
-        self.fails = fails  # of the next starts
-
-    async def __call__(self, settings: VLLMSettings, *, home: Path) -> FakeCore:
-        assert home.is_dir()
-        if self.fails:
-            self.fails -= 1
-            raise EngineError("no memory")
-        self.cores.append(FakeCore())
-        return self.cores[-1]
-
-
-def serve(use: Callable[[VLLMEngine, Vllm], Awaitable[T]], **changes: Any) -> T:
-    """What ``use`` makes of an engine over fake cores, which is closed afterwards and leaves nothing."""
-
-    async def main() -> T:
-        vllm = Vllm()
-        engine = await VLLMEngine.start_with(settings(**changes), start_core=vllm, on_note=vllm.notes.append)
-        home = engine._shelf.home
-        try:
-            return await use(engine, vllm)
-        finally:
-            await engine.close()
-            assert vllm.cores[-1].stopped
-            assert not home.exists()
-
-    return asyncio.run(main())
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0)
-
-
 # -- adapters --
 
 
@@ -189,7 +46,7 @@ def test_every_load_has_a_name_and_a_folder_of_its_own_and_the_old_one_goes() ->
         for _ in range(3):
             await engine.load(adapter(), 1)
             names += vllm.cores[0].loaded
-            assert [folder.name for folder in engine._shelf.home.iterdir()] == names[-1:]
+            assert [folder.name for folder in engine._versions.home.iterdir()] == names[-1:]
         await engine.load(None, 2)
         assert not vllm.cores[0].loaded
         assert engine.version == 2
@@ -265,21 +122,22 @@ def test_a_wrong_adapter_is_named_by_its_version_and_the_one_before_is_served_on
 
 
 def test_an_engine_that_forgot_the_adapter_is_said_to_serve_the_bare_base() -> None:
-    shelf = AdapterShelf()
-    published = shelf.publish(adapter(), 1, dtype=torch.float32)
-    with pytest.raises(WrongWeights, match="it serves the bare base"):
-        shelf.prove(published, {})
-    shelf.close()
+    ledger = Ledger()
+    ledger.enter({}, "the bare base")
+    with pytest.raises(
+        WrongWeights, match="given version 1, and it serves the bare base: 1 of the 1 matrices"
+    ):
+        ledger.prove("version 1", {"q_proj.A": "0"}, {})
 
 
 def test_one_changed_bit_in_one_matrix_is_found() -> None:
-    shelf = AdapterShelf()
-    published = shelf.publish(adapter(), 1, dtype=torch.float32)
+    shelf, ledger = AdapterShelf(max_rank=4), Ledger()
     changed = adapter()
     next(iter(changed.tensors.values())).view(torch.int32)[0, 0] ^= 1
-    other = shelf.publish(changed, 2, dtype=torch.float32)
+    published, other = (shelf.publish(one, 1, dtype=torch.float32).digests for one in (adapter(), changed))
+    ledger.enter(other, "version 2")
     with pytest.raises(WrongWeights, match="it serves version 2: 1 of the 4 matrices"):
-        shelf.prove(published, other.digests)
+        ledger.prove("version 1", published, other)
     shelf.close()
 
 
@@ -320,7 +178,7 @@ def test_a_worker_without_the_adapter_reads_nothing_back() -> None:
     class Manager:
         lora_index_to_id = (None, 4)
 
-    class Worker(AdapterReader):
+    class Worker(WeightsReader):
         class model_runner:
             class lora_manager:
                 _adapter_manager = Manager()
@@ -383,7 +241,7 @@ def test_a_core_that_dies_over_and_over_ends_the_run() -> None:
 def test_a_core_that_does_not_start_is_the_users_matter() -> None:
     async def main() -> None:
         with pytest.raises(UserError, match="no memory"):
-            await VLLMEngine.start_with(settings(), start_core=Vllm(fails=1), on_note=print)
+            await VLLMEngine.start_with(make_settings(), start_core=Vllm(fails=1), on_note=print)
 
     asyncio.run(main())
 
@@ -458,19 +316,21 @@ def test_a_prompt_that_can_not_be_served_is_refused(prompt: Any, message: str) -
 )
 def test_an_argument_that_agentrl_sets_is_refused_with_the_key_that_sets_it(name: str, advice: str) -> None:
     with pytest.raises(BadConfig, match=f"engine.args.{name} can't be set: set {advice}"):
-        settings(args={name: 1})
+        make_settings(args={name: 1})
 
 
 def test_an_unknown_argument_is_refused_with_what_is_meant() -> None:
     with pytest.raises(BadConfig, match="did you mean 'gpu_memory_utilization'"):
         engine_arguments(
-            settings(args={"gpu_memory_utilisation": 0.5}), known=["gpu_memory_utilization"], on_cpu=False
+            make_settings(args={"gpu_memory_utilisation": 0.5}),
+            known=["gpu_memory_utilization"],
+            on_cpu=False,
         )
 
 
 def test_ranks_are_rounded_up_to_what_vllm_has_and_the_users_arguments_pass_through() -> None:
     arguments = engine_arguments(
-        settings(max_lora_rank=9, args={"block_size": 64}), known=["block_size"], on_cpu=True
+        make_settings(max_lora_rank=9, args={"block_size": 64}), known=["block_size"], on_cpu=True
     )
     assert (arguments["max_lora_rank"], arguments["block_size"]) == (16, 64)
     assert arguments["logprobs_mode"] == "processed_logprobs"
@@ -478,25 +338,25 @@ def test_ranks_are_rounded_up_to_what_vllm_has_and_the_users_arguments_pass_thro
 
 def test_vllm_may_sleep_where_it_shares_a_gpu_and_nowhere_else() -> None:
     for sleeps in (False, True):
-        arguments = engine_arguments(settings(sleeps=sleeps), known=(), on_cpu=False)
+        arguments = engine_arguments(make_settings(sleeps=sleeps), known=(), on_cpu=False)
         assert arguments["enable_sleep_mode"] is sleeps
     with pytest.raises(BadConfig, match=r"engine\.share_gpu is true, and this vLLM runs on a CPU"):
-        engine_arguments(settings(sleeps=True), known=(), on_cpu=True)
+        engine_arguments(make_settings(sleeps=True), known=(), on_cpu=True)
 
 
 def test_only_the_adapted_layers_are_wrapped_and_never_the_head() -> None:
-    arguments = engine_arguments(settings(lora_modules=("q_proj", "down_proj")), known=(), on_cpu=True)
+    arguments = engine_arguments(make_settings(lora_modules=("q_proj", "down_proj")), known=(), on_cpu=True)
     assert arguments["lora_target_modules"] == ["q_proj", "down_proj"]
     with pytest.raises(BadConfig, match="names lm_head"):
-        settings(lora_modules=("q_proj", "lm_head"))
+        make_settings(lora_modules=("q_proj", "lm_head"))
 
 
 def test_adapters_are_not_served_by_parts_and_not_beyond_vllms_ranks() -> None:
     with pytest.raises(BadConfig, match="tensor_parallel_size is 2; it must be 1 to train"):
-        settings(args={"tensor_parallel_size": 2})
+        make_settings(args={"tensor_parallel_size": 2})
     with pytest.raises(BadConfig, match="at most 512"):
-        settings(max_lora_rank=600)
-    assert settings(max_lora_rank=None, args={"tensor_parallel_size": 2}).args
+        make_settings(max_lora_rank=600)
+    assert make_settings(max_lora_rank=None, args={"tensor_parallel_size": 2}).args
 
 
 def test_the_environment_is_as_before_and_what_the_user_set_stays(
