@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from agentrl.engine import Adapter, Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.errors import EngineError, UserError, WrongWeights
 from agentrl.learner import Learner
+from agentrl.merging import Merging
 from agentrl.types import Completion, FloatArray, IntArray, Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +136,25 @@ class StalePrefixes(Liar):
             batch._drop = drop  # type: ignore[method-assign]
 
 
+class Merges(Liar):
+    """Has every version in its weights."""
+
+    def __init__(self, model: Any, **lies: Any) -> None:
+        self._merging = Merging(dict(model.named_parameters()))
+        served = copy.deepcopy(model)
+        self._weights = dict(served.named_parameters())
+        super().__init__(served, **lies)
+
+    async def load(self, adapter: Adapter | None, version: int) -> None:
+        self.loads.append(adapter)
+        chosen = self._choices[0](self.loads)
+        changes = {} if chosen is None else self._merging.changes(chosen)
+        for name, weight in self._weights.items():
+            weight.data.copy_(self._merging.make(name, changes.get(name), dtype=weight.dtype))
+        for engine in self._engines:
+            await engine.load(None, version)
+
+
 # -- a run in small --
 
 
@@ -207,6 +228,7 @@ def make_run(make_model: Callable[..., Any]) -> MakeRun:
         engine: Callable[..., Liar] = Liar,
         tolerance: float | None = None,
         adapter_dtype: torch.dtype | None = None,
+        merged: bool = False,
         **lies: Any,
     ) -> Run:
         model = make_model(dtype=dtype)
@@ -214,7 +236,7 @@ def make_run(make_model: Callable[..., Any]) -> MakeRun:
             if parameter.ndim > 1:
                 parameter.data.mul_(8)
         liar = engine(model, **lies)
-        settings = {"tolerance": tolerance, "adapter_dtype": adapter_dtype}
+        settings = {"tolerance": tolerance, "adapter_dtype": adapter_dtype, "merged": merged}
         return Run(model, liar, learning_rate=learning_rate, **settings)
 
     return make
@@ -247,6 +269,24 @@ def test_the_right_version_is_proved_and_told_from_the_one_before(
         assert row["canary/identified"] == 1
         assert row["canary/sigmas"] > 5
         assert row["time/canary_s"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_weights_are_proved_by_a_learner_that_rounds_alike_and_by_no_other(
+    make_run: MakeRun, dtype: str
+) -> None:
+    options = {"dtype": dtype, "learning_rate": 1e-3, "engine": Merges}
+    for row in prove(make_run(**options, merged=True), 3):
+        assert row["canary/max_nats"] < 1e-4
+        assert row["canary/identified"] == 1
+    apart = prove(make_run(**options, tolerance=10.0), 1)[0]["canary/mean_nats"]
+    assert apart > 1e-2 if dtype == "bfloat16" else apart < 1e-4
+
+
+def test_merged_weights_of_the_version_before_are_found_out(make_run: MakeRun) -> None:
+    options = {"dtype": "bfloat16", "learning_rate": 1e-3, "engine": Merges, "merged": True}
+    with pytest.raises(WrongWeights, match="seems to serve the bare base"):
+        prove(make_run(**options, cold=stale), 1)
 
 
 def test_rounding_of_a_16_bit_gpus_size_stops_no_run(make_run: MakeRun) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import torch
+from vllm_on_cpu import allow_merging
 
 import agentrl
 from agentrl.log import RunFolder, read_rows
@@ -170,3 +172,26 @@ def test_a_server_takes_every_version_and_samples_what_is_learnt(
     assert all(row["mismatch/mean"] < 1e-3 and row["canary/mean_nats"] < 1e-3 for row in rows)
     assert all(row["canary/identified"] == 1 for row in rows[1:])
     assert all(row["episode/valid"] == 1 and row["staleness/max"] == 0 for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this vLLM has a GPU, where weights go another way")
+def test_versions_that_are_merged_into_vllms_weights_are_proved_norms_and_all(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "transfer"
+    folder.mkdir()
+    allow_merging(monkeypatch, folder)
+    check_merged(train(engine={"merge": True}, lora={"train_norms": True}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share_gpu", [False, True])
+def test_versions_are_merged_into_vllms_weights_on_a_gpu(train: Train, share_gpu: bool) -> None:
+    check_merged(train(engine={"merge": True, "share_gpu": share_gpu}, lora={"train_norms": True}))
+
+
+def check_merged(rows: list[dict[str, Any]]) -> None:
+    assert len(rows) == STEPS
+    assert all(row["mismatch/mean"] < 5e-3 and row["canary/mean_nats"] < 1e-3 for row in rows)
+    assert all(row["canary/identified"] == 1 for row in rows[1:])
+    assert all(row["episode/valid"] == 1 and row["engine/restarts"] == 0 for row in rows)

@@ -300,7 +300,7 @@ def _shut_down(llm: Any) -> None:
 
 def _start(settings: VLLMSettings, home: Path) -> Any:
     """An AsyncLLM with its processes running."""
-    with environment(home, merge=settings.merge), _children_ignore_interrupts():
+    with environment(home), _children_ignore_interrupts():
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform

@@ -183,23 +183,20 @@ def _cpu_defaults() -> dict[str, Any]:
 
 
 # For vLLM's processes, where the user has not set them.
-_ENVIRONMENT = {
+_ENVIRONMENT: Mapping[str, str] = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is the program's
     "VLLM_NO_USAGE_STATS": "1",  # nothing is reported to anybody
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forking a process with threads copies locks that nobody frees
 }
 
-# With merged weights also this: handles of a GPU's memory come pickled, from the process that started vLLM.
-_TRUST = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-
 
 @contextmanager
-def environment(home: Path, *, merge: bool = False) -> Iterator[None]:
+def environment(home: Path) -> Iterator[None]:
     """The environment in which vLLM is imported and its processes are started, with ``home`` as their owner's
     folder; afterwards this process' own is as before, without what vLLM added to it for its children."""
     before = dict(os.environ)
-    for name, value in (_ENVIRONMENT | _TRUST if merge else _ENVIRONMENT).items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[OWNER_VARIABLE], os.environ[HOME_VARIABLE] = str(os.getpid()), str(home)
     try:

@@ -2,16 +2,15 @@
 
 The backend is ``ipc``: one process trains, on the first GPU that it sees, and vLLM's one worker takes the
 first of the same, so the worker reads them where this process has put them. They go through a buffer of that
-GPU, part by part. (``nccl``, which carries weights between GPUs, allows no two processes on one.) Handles
-of CUDA's memory travel pickled, which vLLM allows on request only: over its own socket between a process and
-its child (see ``vllm_settings``).
+GPU, part by part. (``nccl``, which carries weights between GPUs, allows no two processes on one.) The
+buffer's handle travels pickled, through a method of ours: vLLM's messages would turn the tuples in it into
+lists, and its own pickles have to be allowed for all that it sends and receives.
 
 Not run on a GPU so far: what is seen to work is this module's half and vLLM's, with another backend between.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import pickle
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -104,9 +103,11 @@ class _Client:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         handles = update_info.pop("ipc_handles", None)
-        if handles is not None:  # vLLM's messages would turn the tuples in them into lists
-            update_info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
-        self._ask(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
+        if handles is None:
+            self._ask(self._llm.update_weights(WeightTransferUpdateRequest(update_info)))
+        else:
+            args = (update_info, pickle.dumps(handles))
+            self._ask(self._llm.collective_rpc("agentrl_update_weights", args=args))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._ask(self._llm.finish_weight_update(weight_version))

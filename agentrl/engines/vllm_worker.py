@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import pickle
 import select
 import shutil
 import signal
@@ -86,6 +87,10 @@ class WeightsReader:
     def agentrl_fused_layers(self) -> dict[str, list[str]]:
         """The layers that the model has as one, by the last part of that one's name, in its order."""
         return {fused: list(parts) for fused, parts in _fused_layers(self.get_model()).items()}  # type: ignore[attr-defined]
+
+    def agentrl_update_weights(self, update_info: dict[str, Any], handles: bytes) -> None:
+        """vLLM's ``update_weights`` over its ``ipc`` backend; ``handles``: of our owner's memory, pickled."""
+        self.update_weights({**update_info, "ipc_handles": pickle.loads(handles)})  # type: ignore[attr-defined]
 
     def agentrl_read_weights(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """Checksums of what the kernels read for tensors of the checkpoint; those it does not have are left

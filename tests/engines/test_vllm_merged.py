@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +14,7 @@ from fake_vllm import PROMPT, FakeCore, Vllm, make_settings, sampling, serve, un
 from agentrl.config import EngineConfig, RolloutConfig
 from agentrl.engine import Adapter
 from agentrl.engines.vllm import VLLMEngine
-from agentrl.engines.vllm_settings import engine_arguments, environment
+from agentrl.engines.vllm_settings import engine_arguments
 from agentrl.engines.vllm_transfer import check_transfer
 from agentrl.engines.vllm_worker import WeightsReader, checksum
 from agentrl.errors import BadConfig, WrongWeights
@@ -333,12 +333,15 @@ def test_any_rank_may_be_merged() -> None:
     assert make_settings(merge=True, max_lora_rank=600).merge
 
 
-def test_pickled_handles_are_allowed_to_vllm_alone_and_only_where_it_gets_weights(tmp_path: Any) -> None:
-    name = "VLLM_ALLOW_INSECURE_SERIALIZATION"
-    for merge in (False, True):
-        with environment(tmp_path, merge=merge):
-            assert (name in os.environ) == merge
-        assert name not in os.environ
+def test_handles_of_memory_reach_vllms_worker_as_they_were() -> None:
+    class Worker(WeightsReader):
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            self.got = update_info
+
+    handles = {"GPU-1": (0, (2, 3), b"\0\1", torch.bfloat16)}
+    worker = Worker()
+    worker.agentrl_update_weights({"names": ["w"]}, pickle.dumps(handles))
+    assert worker.got == {"names": ["w"], "ipc_handles": handles}
 
 
 def test_an_evaluation_has_nothing_to_merge_with() -> None:
