@@ -50,6 +50,7 @@ class Numeric:
         self.boxed = boxed
         self.absolute = absolute
         self.relative = relative
+        self._slack = _exactly(absolute), _exactly(relative)
 
     def __call__(self, evidence: Evidence) -> Score:
         """1.0 or 0.0, with parts ``correct``; the note says why an answer has no number."""
@@ -61,8 +62,8 @@ class Numeric:
         return Score(correct, {"correct": correct}, "" if correct else _why(said))
 
     def _equal(self, said: Fraction | None, truth: Fraction) -> bool:
-        slack = max(_exactly(self.absolute), _exactly(self.relative) * abs(truth))
-        return said is not None and abs(said - truth) <= slack
+        absolute, relative = self._slack
+        return said is not None and abs(said - truth) <= max(absolute, relative * abs(truth))
 
 
 def parse_number(text: str) -> Fraction | None:
