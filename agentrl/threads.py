@@ -9,12 +9,13 @@ a forked child.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,7 +35,10 @@ async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
     Cancelling the wait does not stop the function: it runs on, unheard, and frees its thread if it ever ends.
     """
     call = functools.partial(contextvars.copy_context().run, function, *args, **kwargs)
-    return await asyncio.wrap_future(_pool.submit(call))
+    # A future of the loop itself: by way of one of concurrent.futures a call costs 60 instead of 30 us.
+    answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    _pool.submit(call, answer)
+    return await answer
 
 
 async def in_compute_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -85,29 +89,27 @@ class _Pool:
         self._idle: list[SimpleQueue[_Job]] = []
         self.busy = 0
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
+    def submit(self, call: Callable[[], T], answer: asyncio.Future[T]) -> None:
         with self._lock:
             self.busy += 1
             inbox = self._idle.pop() if self._idle else None
         if inbox is None:
             inbox = SimpleQueue()
             threading.Thread(target=self._work, args=(inbox,), name="agentrl-call", daemon=True).start()
-        inbox.put((future, call))
-        return future
+        inbox.put((call, answer))
 
     def _work(self, inbox: SimpleQueue[_Job]) -> None:
         while True:
             try:
-                future, call = inbox.get(timeout=_IDLE_S)
+                call, answer = inbox.get(timeout=_IDLE_S)
             except Empty:
                 with self._lock:
                     if inbox not in self._idle:  # a call was given to this thread just now
                         continue
                     self._idle.remove(inbox)
                 return
-            _run(future, call, done=functools.partial(self._rest, inbox))
-            del future, call  # an idle thread keeps no environment alive
+            _run(call, answer, done=functools.partial(self._rest, inbox))
+            del call, answer  # an idle thread keeps no environment alive
 
     def _rest(self, inbox: SimpleQueue[_Job]) -> None:
         with self._lock:
@@ -115,12 +117,12 @@ class _Pool:
             self._idle.append(inbox)
 
 
-_Job = tuple["Future[Any]", Callable[[], Any]]
+_Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 
-def _run(future: Future[Any], call: Callable[[], Any], *, done: Callable[[], None]) -> None:
+def _run(call: Callable[[], T], answer: asyncio.Future[T], *, done: Callable[[], None]) -> None:
     """Run ``call``, declare the thread free, then hand over the outcome: the waiter decides about it."""
-    if not future.set_running_or_notify_cancel():  # cancelled before it began
+    if answer.cancelled():  # before it began
         return done()
     try:
         result = call()
@@ -128,13 +130,22 @@ def _run(future: Future[Any], call: Callable[[], Any], *, done: Callable[[], Non
         bug = RuntimeError("a function run in a thread raised StopIteration")
         bug.__cause__ = error
         done()
-        future.set_exception(bug)
+        _hand_over(answer, answer.set_exception, bug)
     except BaseException as error:
         done()
-        future.set_exception(error)
+        _hand_over(answer, answer.set_exception, error)
     else:
         done()
-        future.set_result(result)
+        _hand_over(answer, answer.set_result, result)
+
+
+def _hand_over(answer: asyncio.Future[Any], settle: Callable[[Any], None], outcome: Any) -> None:
+    def settle_if_awaited() -> None:
+        if not answer.done():
+            settle(outcome)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        answer.get_loop().call_soon_threadsafe(settle_if_awaited)
 
 
 def _background_loop() -> asyncio.AbstractEventLoop:
