@@ -280,7 +280,7 @@ def test_merged_weights_are_proved_by_a_learner_that_rounds_alike_and_by_no_othe
         assert row["canary/max_nats"] < 1e-4
         assert row["canary/identified"] == 1
     apart = prove(make_run(**options, tolerance=10.0), 1)[0]["canary/mean_nats"]
-    assert apart > 1e-2 if dtype == "bfloat16" else apart < 1e-4
+    assert apart > 1e-3 if dtype == "bfloat16" else apart < 1e-4
 
 
 def test_merged_weights_of_the_version_before_are_found_out(make_run: MakeRun) -> None:

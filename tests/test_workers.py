@@ -377,7 +377,7 @@ def run_script(jobs: Path, body: str) -> subprocess.CompletedProcess[str]:
         import os, signal, threading, time
         from agentrl.workers import Probe, shared_pool
         pool = lambda: shared_pool(
-            "jobs:work", size=1, deadline_s=1.0, memory_mib=64, probe=Probe(["probe", ""], "fine")
+            "jobs:work", size=1, deadline_s=5.0, memory_mib=64, probe=Probe(["probe", ""], "fine")
         )
         pid = lambda: pool().call(["pid", None]).value
     """
@@ -399,7 +399,7 @@ def run_script(jobs: Path, body: str) -> subprocess.CompletedProcess[str]:
 )
 def test_workers_die_with_their_parent(jobs: Path, end: str) -> None:
     worker = int(run_script(jobs, "print(pid(), flush=True)\n" + end).stdout)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while is_running(worker) and time.monotonic() < until:
         time.sleep(0.05)
     assert not is_running(worker)
