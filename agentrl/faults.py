@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # What an episode depends on, and therefore the keys of the metrics: fixed for ever.
-BOUNDARIES = ("tool", "environment", "reward", "worker", "engine")
+BOUNDARIES = ("tool", "environment", "reward", "worker", "sandbox", "engine")
 # How a tool call can end other than with its result: the tool raised a ToolError, it was given up at its
 # deadline, its result was cut.
 CALL_ENDS = ("error", "late", "cut")

@@ -1,8 +1,9 @@
-"""Names for environments and rewards: what a name may be, and how it becomes an object.
+"""Names for environments, rewards and sandboxes: what a name may be, and how it becomes an object.
 
 A name is, in this order: one registered in this process, one of the catalogue, one that an installed package
-declares (entry-point groups ``agentrl.environments`` and ``agentrl.rewards``), ``package.module:Attr`` (the
-working directory is importable) or ``path/to/file.py:Attr``. Targets are imported when first used.
+declares (entry-point groups ``agentrl.environments``, ``agentrl.rewards`` and ``agentrl.sandboxes``),
+``package.module:Attr`` (the working directory is importable) or ``path/to/file.py:Attr``. Targets are
+imported when first used.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ from agentrl.errors import UnknownName, UserError, did_you_mean
 if TYPE_CHECKING:
     from agentrl.env import Env
     from agentrl.reward import Reward
+    from agentrl.sandbox import Backend
 
 __all__ = [
     "Kind",
     "list_environments",
     "list_rewards",
+    "list_sandboxes",
     "make",
     "make_reward",
+    "make_sandbox",
     "register",
 ]
 
-Kind = Literal["environment", "reward"]
+Kind = Literal["environment", "reward", "sandbox"]
 
 _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "environment": {
@@ -56,9 +60,12 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "length": "agentrl.rewards.length:Length",
         "numeric": "agentrl.rewards.numeric:Numeric",
     },
+    "sandbox": {
+        "process": "agentrl.sandboxes.process:Process",
+    },
 }
 _GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}
-_registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}}
+_registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}, "sandbox": {}}
 
 
 def register(name: str, target: str | Callable[..., Any], kind: Kind = "environment") -> None:
@@ -84,6 +91,11 @@ def list_environments() -> tuple[str, ...]:
 def list_rewards() -> tuple[str, ...]:
     """Every reward name, sorted."""
     return _names("reward")
+
+
+def list_sandboxes() -> tuple[str, ...]:
+    """Every sandbox backend's name, sorted."""
+    return _names("sandbox")
 
 
 def make(name: str | type[Env] | Env | Callable[..., Env], **kwargs: Any) -> Env:
@@ -122,6 +134,21 @@ def make_reward(name: str | Reward | Callable[..., Any], **kwargs: Any) -> Rewar
     if not callable(target):
         raise UserError(f"reward {_label(name)} is {target!r}, which can't be called with an Evidence")
     return cast("Reward", target)
+
+
+def make_sandbox(name: str | Backend | Callable[..., Backend], **kwargs: Any) -> Backend:
+    """A sandbox backend: of a name, a class or a factory with ``kwargs``; an instance as it is.
+
+    Raises UnknownName and UserError like :func:`make`, MissingExtra where it needs a package.
+    """
+    if not isinstance(name, str) and hasattr(name, "survey") and not inspect.isclass(name):
+        return cast("Backend", name)
+    made = _call(_resolve(name, "sandbox"), kwargs, what=f"sandbox {_label(name)}")
+    if not all(hasattr(made, method) for method in ("survey", "open", "sweep", "close")):
+        raise UserError(
+            f"{_label(name)} gives a {type(made).__name__}, no sandbox backend: see agentrl.sandbox"
+        )
+    return cast("Backend", made)
 
 
 def _register_with_gymnasium() -> None:

@@ -40,7 +40,7 @@ def test_a_failure_is_blamed_on_the_innermost_boundary_that_it_crosses() -> None
     assert as_fault(caught.value).boundary == "worker"
     assert as_fault(EngineError("gone")).boundary == "engine"
     assert as_fault(WorldError("gone")).boundary == "environment"
-    assert {"tool", "worker", "engine", "environment", "reward"} == set(BOUNDARIES)
+    assert {"tool", "worker", "sandbox", "engine", "environment", "reward"} == set(BOUNDARIES)
 
 
 def test_a_bug_is_blamed_on_nobody() -> None:

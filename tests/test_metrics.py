@@ -114,6 +114,7 @@ def test_every_fault_is_counted_by_its_boundary_also_those_that_a_retry_healed()
         "fault/environment": 0.0,
         "fault/reward": 0.0,
         "fault/worker": 1.0,
+        "fault/sandbox": 0.0,
         "fault/engine": 1.0,
         "fault/retried": 3.0,
     }

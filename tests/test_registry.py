@@ -90,8 +90,8 @@ def test_a_name_that_reads_like_a_path_is_refused(name: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match="a kind is one of environment, reward"):
-        agentrl.register("x", Mine, kind="sandbox")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a kind is one of environment, reward, sandbox"):
+        agentrl.register("x", Mine, kind="engine")  # type: ignore[arg-type]
 
 
 def test_an_installed_package_declares_environments(monkeypatch: pytest.MonkeyPatch, module: Path) -> None:
