@@ -102,7 +102,7 @@ os._exit(0)
     ),
     Attack(
         name="huge-integer",
-        tries="print an integer of a million digits",
+        tries="print an integer of forty thousand digits",
         source="import sys\nsys.set_int_max_str_digits(0)\nprint(10**40_000)",
         check=_as_text,
         **_OUTPUTS,
@@ -152,7 +152,7 @@ for number in range(256):
         tries="exit with the codes of container engines and shells",
         source="""
 import os, sys
-sys.stderr.write("OCI runtime exec failed: exec failed: unable to start container process\n")
+sys.stderr.write("OCI runtime exec failed: exec failed: unable to start container process\\n")
 sys.stderr.flush()
 os._exit(125)
 """,

@@ -61,6 +61,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "numeric": "agentrl.rewards.numeric:Numeric",
     },
     "sandbox": {
+        "docker": "agentrl.sandboxes.docker:Docker",
         "process": "agentrl.sandboxes.process:Process",
     },
 }
