@@ -32,6 +32,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "attack attacks attack_clocks attack_files attack_isolation attack_network attack_outputs attack_probe "
         "attack_privileges attack_processes attack_resources attack_verdicts attack_graders attack_targets "
         "bait stage backend_contract scenarios selfcheck doctor "
+        "owners cgroups seccomp "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
