@@ -9,7 +9,7 @@ from agentrl.attack import Attack
 __all__ = ["RESOURCES"]
 
 # What selfcheck opens a sandbox with (agentrl.selfcheck.LIMITS): 128 MiB, 32 processes, 16 MiB of disk,
-# 64 KiB of output, 2 s of CPU time, 6 s of wall clock. An attack that goes well beyond one has broken it.
+# 64 KiB of output, 2 s of CPU time, 20 s of wall clock. An attack that goes well beyond one has broken it.
 
 
 _FORKS = """

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from agentrl.attack import Attack, Group, Kind, Seen
 from agentrl.attack_clocks import CLOCKS
+from agentrl.attack_exits import EXITS
 from agentrl.attack_files import FILES
+from agentrl.attack_graders import GRADERS, TEXTS
 from agentrl.attack_isolation import ISOLATION
 from agentrl.attack_network import NETWORK
 from agentrl.attack_outputs import OUTPUTS
 from agentrl.attack_privileges import PRIVILEGES
 from agentrl.attack_processes import PROCESSES
 from agentrl.attack_resources import RESOURCES
+from agentrl.attack_values import VALUES
+from agentrl.attack_verdicts import SOLUTIONS
 
 __all__ = ["ATTACKS", "COMMANDS", "VERDICTS", "Attack", "Group", "Kind", "Seen"]
 
@@ -30,6 +34,8 @@ COMMANDS: tuple[Attack, ...] = (
     *OUTPUTS,
 )
 # Tried as solutions before the judge.
-VERDICTS: tuple[Attack, ...] = ()
+VERDICTS: tuple[Attack, ...] = (*EXITS, *SOLUTIONS, *VALUES, *TEXTS, *GRADERS)
 
 ATTACKS = (*COMMANDS, *VERDICTS)
+
+assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)

@@ -169,7 +169,7 @@ def _wall(stage: Stage) -> str:
 
 
 def _cpu(stage: Stage) -> str:
-    with stage.sandbox({"cpu_s": 0.5}) as session:
+    with stage.sandbox({"cpu_s": 0.5, "wall_s": 60}) as session:
         result = session.run(["python3", "-c", "while True: pass"])
     wrong = f"{result.cpu_ms:.0f} ms were counted" if not 400 < result.cpu_ms < 1500 else ""
     return _differs(result, status="cpu", fault="policy") or wrong

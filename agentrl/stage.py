@@ -21,7 +21,7 @@ from agentrl.sandbox import LIMITS, Backend, ExecResult, Limits, Sandbox, Survey
 __all__ = ["SELF_CHECK_LIMITS", "Stage", "probe_source"]
 
 # Small, so that an attack reaches them soon and a broken one costs the host little.
-SELF_CHECK_LIMITS = Limits(cpu_s=2, wall_s=6, memory_mib=128, pids=32, disk_mib=16, output_kib=64)
+SELF_CHECK_LIMITS = Limits(cpu_s=2, wall_s=20, memory_mib=128, pids=32, disk_mib=16, output_kib=64)
 _PATIENCE_S = 1.0  # for the last processes of a run to leave the host's process table
 _CLOSING_S = 5.0  # for a session to be closed, whatever was left in it
 
