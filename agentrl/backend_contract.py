@@ -12,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from agentrl.errors import BadConfig
+from agentrl.errors import AgentRLError, BadConfig
 from agentrl.sandbox import Channel, ExecResult, SandboxLost
 from agentrl.stage import Stage
 
-__all__ = ["CONTRACT", "Check"]
+__all__ = ["CONTRACT", "Check", "NotEnforced"]
+
+
+class NotEnforced(AgentRLError):
+    """Raised by a check that finds that what it tries was never promised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

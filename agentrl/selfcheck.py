@@ -12,17 +12,19 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from agentrl.attacks import COMMANDS
-from agentrl.backend_contract import CONTRACT, Check
+from agentrl.backend_contract import CONTRACT, Check, NotEnforced
 from agentrl.bait import baited, children, containers, count_descriptors, leftovers, processes_marked
 from agentrl.errors import AgentRLError, BadConfig
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend
 from agentrl.scenarios import SCENARIOS
 from agentrl.stage import Stage
+from agentrl.verdict_trials import CONTROLS, verdict_trials
 
 __all__ = ["Report", "Result", "Row", "self_check"]
 
@@ -105,8 +107,12 @@ def self_check(
         stage = Stage(backend=made, label=label, survey=survey, bait=bait)
         try:
             made.sweep()
-            for check in _chosen(_checks(adversarial), only):
-                add(_tried(check, stage))
+            checks = _chosen(_checks(adversarial), only)
+            for check in checks:
+                if check.group != "verdicts":
+                    add(_tried(check, stage))
+            for row in _verdicts([check for check in checks if check.group == "verdicts"], stage):
+                add(row)
             kept = count_descriptors()
         finally:
             made.close()
@@ -126,6 +132,8 @@ def _checks(adversarial: bool) -> Iterator[Check]:
                 play=lambda stage, attack=attack: stage.play(attack),
             )
         yield from SCENARIOS
+        yield from CONTROLS
+        yield from verdict_trials()
 
 
 def _chosen(checks: Iterable[Check], only: Sequence[str]) -> list[Check]:
@@ -141,6 +149,8 @@ def _tried(check: Check, stage: Stage) -> Row:
     begun = time.monotonic()
     try:
         broken = check.play(stage)
+    except NotEnforced as lacking:
+        return Row(name=check.name, group=check.group, result="not enforced", detail=str(lacking))
     except (AgentRLError, OSError) as error:  # a third party's backend may fail in any check
         broken = f"{type(error).__name__}: {error}"
     return Row(
@@ -150,6 +160,18 @@ def _tried(check: Check, stage: Stage) -> Row:
         detail=broken,
         seconds=time.monotonic() - begun,
     )
+
+
+def _verdicts(checks: Sequence[Check], stage: Stage) -> Iterator[Row]:
+    """Judged some at a time, for most of them only wait for a limit."""
+    if checks and not (reason := stage.shares_the_host()):
+        with ThreadPoolExecutor(os.cpu_count() or 1, "selfcheck") as pool:
+            yield from pool.map(lambda check: _tried(check, stage), checks)
+        return
+    for check in checks:
+        lacking = stage.lacking(check.needs)
+        result: Result = "not enforced" if lacking else "not tried"
+        yield Row(name=check.name, group=check.group, result=result, detail=lacking or reason)
 
 
 def _traces(

@@ -99,6 +99,12 @@ class Stage:
             found.append(f"closing it took {time.monotonic() - begun:.0f} s")
         return "; ".join(part for part in found if part)[:400]
 
+    def shares_the_host(self) -> str:
+        """Why what hurts a host must not be tried in this backend's sandboxes; "": it may."""
+        with self.sandbox() as session:
+            result, _ = self.run(session, "from probe import *\ncontained()\ndone()\n")
+        return "" if b"DONE" in result.stdout.splitlines() else "it shares the host's processes"
+
     def _traces(self, mark: str, result: ExecResult, visits: int) -> str:
         """What an attack left or took, told from outside."""
         until = time.monotonic() + _PATIENCE_S

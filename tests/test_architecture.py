@@ -31,7 +31,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "container_process container_link container_meter container_engine container_pool "
         "attack attacks attack_clocks attack_files attack_isolation attack_network attack_outputs attack_probe "
         "attack_exits attack_values attack_privileges attack_processes attack_resources attack_verdicts attack_graders attack_targets "
-        "bait stage backend_contract scenarios selfcheck doctor "
+        "bait stage backend_contract scenarios verdict_trials selfcheck doctor "
         "owners cgroups seccomp "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
