@@ -62,6 +62,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     },
     "sandbox": {
         "docker": "agentrl.sandboxes.docker:Docker",
+        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "process": "agentrl.sandboxes.process:Process",
     },
 }

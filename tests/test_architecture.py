@@ -33,6 +33,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "attack_exits attack_values attack_privileges attack_processes attack_resources attack_verdicts attack_graders attack_targets "
         "bait stage backend_contract scenarios verdict_trials selfcheck doctor "
         "owners cgroups seccomp "
+        "owners cgroups seccomp workdirs bwrap "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
