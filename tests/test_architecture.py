@@ -27,7 +27,8 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
         "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
         "owners cgroups seccomp "
-        "config configfile modelfiles workers worker_handle worker_process threads",
+        "config configfile modelfiles workers worker_handle worker_process threads "
+        "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",
