@@ -64,6 +64,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "docker": "agentrl.sandboxes.docker:Docker",
         "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "process": "agentrl.sandboxes.process:Process",
+        "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
 }
 _GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}

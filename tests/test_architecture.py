@@ -35,6 +35,8 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "owners cgroups seccomp "
         "owners cgroups seccomp workdirs bwrap "
         "config configfile modelfiles workers worker_handle worker_process threads",
+        "config configfile modelfiles workers worker_handle worker_process threads "
+        "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",
