@@ -63,6 +63,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     },
     "sandbox": {
         "process": "agentrl.sandboxes.process:Process",
+        "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
 }
 _GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}

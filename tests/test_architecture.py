@@ -28,7 +28,9 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
         "judge judging judge_line judge_record verdicts plain comparing solution_process "
         "assertion_process workspace_judging grading_process "
-        "config configfile modelfiles workers worker_handle worker_process threads",
+        "owners cgroups seccomp "
+        "config configfile modelfiles workers worker_handle worker_process threads "
+        "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",
