@@ -62,6 +62,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "unit_tests": "agentrl.rewards.unit_tests:UnitTests",
     },
     "sandbox": {
+        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "process": "agentrl.sandboxes.process:Process",
         "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
