@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentrl.comparing import Garbled, check_tree, is_equal, parse, same_output, show
@@ -29,6 +29,7 @@ _values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(_values)
 def test_every_plain_value_comes_back_as_it_was(value: Any) -> None:
     tree = parse(frame(encode(value))[4:])
