@@ -35,6 +35,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "owners cgroups seccomp "
         "owners cgroups seccomp workdirs bwrap "
         "config configfile modelfiles workers worker_handle worker_process threads",
+        "owners cgroups seccomp bwrap workdirs "
         "config configfile modelfiles workers worker_handle worker_process threads "
         "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
