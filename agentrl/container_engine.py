@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class Engine:
         self._base_url, self._image, self._runtime = base_url, image, runtime
         self._patience_s = patience_s
         self._opened: Any = None
+        self._opening = threading.Lock()
         self._me = f"{_boot()}:{os.getpid()}:{_start_of(os.getpid())}"
         self._name = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
@@ -282,15 +284,11 @@ class Engine:
 
     @property
     def _client(self) -> Any:
-        if self._opened is None:
-            if self._base_url is not None:
-                made = self._sdk.APIClient(self._base_url, version="auto", timeout=self._patience_s)
-            else:
-                made = self._sdk.APIClient(
-                    **self._sdk.utils.kwargs_from_env(), version="auto", timeout=self._patience_s
-                )
-            self._opened = made
-        return self._opened
+        with self._opening:
+            if self._opened is None:
+                where = {"base_url": self._base_url} if self._base_url else self._sdk.utils.kwargs_from_env()
+                self._opened = self._sdk.APIClient(**where, version="auto", timeout=self._patience_s)
+            return self._opened
 
     @contextmanager
     def _world(self, doing: str) -> Iterator[None]:
