@@ -52,6 +52,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "environment": {
         "calculator": "agentrl.environments.calculator:Calculator",
         "math": "agentrl.environments.math:Math",
+        "python_tool": "agentrl.environments.python_tool:PythonTool",
     },
     "reward": {
         "boxed": "agentrl.rewards.boxed:Boxed",
@@ -64,7 +65,11 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "process": "agentrl.sandboxes.process:Process",
     },
 }
-_GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}
+_GYMNASIUM_IDS = {
+    "agentrl/Calculator-v0": "calculator",
+    "agentrl/Math-v0": "math",
+    "agentrl/PythonTool-v0": "python_tool",
+}
 _registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}, "sandbox": {}}
 
 
