@@ -51,6 +51,7 @@ Kind = Literal["environment", "reward", "sandbox"]
 _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "environment": {
         "calculator": "agentrl.environments.calculator:Calculator",
+        "code": "agentrl.environments.code:Code",
         "math": "agentrl.environments.math:Math",
         "python_tool": "agentrl.environments.python_tool:PythonTool",
     },
@@ -67,6 +68,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
 }
 _GYMNASIUM_IDS = {
     "agentrl/Calculator-v0": "calculator",
+    "agentrl/Code-v0": "code",
     "agentrl/Math-v0": "math",
     "agentrl/PythonTool-v0": "python_tool",
 }
