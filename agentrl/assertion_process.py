@@ -130,5 +130,7 @@ def _run(code: str, names: dict[str, Any], theirs: list[BaseException]) -> tuple
     except BaseException as error:
         is_theirs = any(error is raised for raised in theirs)
         outcome = "theirs" if is_theirs else "failed" if isinstance(error, AssertionError) else "raised"
+        if isinstance(error, (_Objects, _Unplain)):
+            return outcome, text_of(error)
         return outcome, f"{type(error).__name__}: {text_of(error)}".rstrip(": ")
     return "passed", ""

@@ -170,8 +170,11 @@ class Judge:
 def _place(places: threading.Semaphore, *, until: float | None) -> Iterator[float]:
     """One of the places while it is entered, and the seconds that it took to get one."""
     asked = time.monotonic()
-    if not places.acquire(timeout=None if until is None else max(until - asked, 0)):
+    in_time = until is None or (until > asked and places.acquire(timeout=until - asked))
+    if not in_time:
         raise SandboxLost("no turn before the deadline of its group: ask for fewer, or give it longer")
+    if until is None:
+        places.acquire()
     try:
         yield time.monotonic() - asked
     finally:

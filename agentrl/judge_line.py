@@ -12,8 +12,7 @@ from agentrl.sandbox import Channel, Gone
 
 __all__ = ["Line", "python"]
 
-# Each needs those before it.
-_TALKERS = ("plain", "solution_process", "assertion_process")
+_SHARED = ("plain", "solution_process")  # what each of them needs, in the order in which it is loaded
 
 
 class Line:
@@ -60,7 +59,7 @@ class Line:
 def python(module: str, *, function: str = "serve") -> tuple[str, ...]:
     """The command that runs ``function`` of one of our modules that go into sandboxes as source."""
     folder = Path(__file__).parent
-    names = _TALKERS[: _TALKERS.index(module) + 1] if module in _TALKERS else (module,)
+    names = (*_SHARED, module) if module not in _SHARED else _SHARED[: _SHARED.index(module) + 1]
     sources = {f"agentrl.{name}": (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
     # Gone from sys.modules when it serves: a solution imports its own modules, not these.
     return (

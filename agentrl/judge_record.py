@@ -14,7 +14,7 @@ from typing import Any
 from agentrl.sandbox import ExecResult, Limits, Sandbox, SandboxLost
 from agentrl.verdicts import AssertTest, Judgement, Problem, Test, TestOutcome, Trust, Verdict
 
-__all__ = ["MOST_NOTE", "Record", "how_it_ended", "is_over_cpu", "judgement_of", "signs_in", "verdict_of"]
+__all__ = ["MOST_NOTE", "Record", "how_it_ended", "is_over_cpu", "signs_in", "verdict_of"]
 
 MOST_NOTE = 400  # characters of a note
 _VERDICTS: Mapping[str, Verdict] = {"cpu": "TLE", "wall": "TLE", "memory": "MLE", "output": "OLE"}
@@ -105,30 +105,30 @@ class Record:
         for test in tests:
             self.enter(test, verdict, self.note, ran=False)
 
-
-def judgement_of(record: Record) -> Judgement:
-    failed = next((outcome for outcome in record.outcomes.values() if outcome.verdict != "AC"), None)
-    verdict = failed.verdict if failed else "AC"
-    for test in record.problem.tests:
-        if test.id not in record.outcomes:
-            record.enter(test, verdict if failed else "RE", ran=False)
-    outcomes = tuple(record.outcomes[test.id] for test in record.problem.tests)
-    shared = any(isinstance(test, AssertTest) and test.trust == "shared" for test in record.problem.tests)
-    trust: Trust = "shared" if shared else "remote"
-    note = record.note or (failed.note if failed else "")
-    return Judgement(
-        verdict=verdict if failed or all(outcome.ran for outcome in outcomes) else "RE",
-        fault="policy" if failed else "none",
-        outcomes=outcomes,
-        compiled=record.compiled,
-        flags=tuple(sorted(record.flags | signs_in(record.solution))),
-        trust=trust,
-        cpu_ms=sum(result.cpu_ms for result in record.results),
-        wall_ms=sum(result.wall_ms for result in record.results),
-        queue_ms=sum(result.queue_ms for result in record.results),
-        peak_bytes=max((result.peak_bytes for result in record.results), default=0),
-        note=note or ("a hidden test failed" if failed else ""),
-    )
+    def judgement(self) -> Judgement:
+        """What is known at the end."""
+        first = next((outcome.verdict for outcome in self.outcomes.values() if outcome.verdict != "AC"), None)
+        for test in self.problem.tests:
+            if test.id not in self.outcomes:
+                self.enter(test, first or "RE", ran=False)
+        failed = next((outcome for outcome in self.outcomes.values() if outcome.verdict != "AC"), None)
+        outcomes = tuple(self.outcomes[test.id] for test in self.problem.tests)
+        shared = any(isinstance(test, AssertTest) and test.trust == "shared" for test in self.problem.tests)
+        trust: Trust = "shared" if shared else "remote"
+        note = self.note or (failed.note if failed else "")
+        return Judgement(
+            verdict=failed.verdict if failed else "AC",
+            fault="policy" if failed else "none",
+            outcomes=outcomes,
+            compiled=self.compiled,
+            flags=tuple(sorted(self.flags | signs_in(self.solution))),
+            trust=trust,
+            cpu_ms=sum(result.cpu_ms for result in self.results),
+            wall_ms=sum(result.wall_ms for result in self.results),
+            queue_ms=sum(result.queue_ms for result in self.results),
+            peak_bytes=max((result.peak_bytes for result in self.results), default=0),
+            note=note or ("a hidden test failed" if failed else ""),
+        )
 
 
 # -- what a run means --

@@ -16,7 +16,7 @@ from typing import Any
 from agentrl.comparing import Garbled, check_tree, is_equal, same_output, show
 from agentrl.errors import BadConfig, BadData
 from agentrl.judge_line import Line, python
-from agentrl.judge_record import MOST_NOTE, Record, how_it_ended, is_over_cpu, judgement_of, verdict_of
+from agentrl.judge_record import MOST_NOTE, Record, how_it_ended, is_over_cpu, verdict_of
 from agentrl.plain import encode, frame
 from agentrl.sandbox import Channel, ExecResult, Gone, Limits, Sandbox, SandboxLost
 from agentrl.verdicts import AssertTest, CallTest, IOTest, Judgement, Problem, Test, Verdict
@@ -41,7 +41,7 @@ def judge_once(
         tests = [test for test in problem.tests if _kind(test) == kind]
         if tests and not record.is_over and record.compiled:
             run(record, tests)
-    return judgement_of(record)
+    return record.judgement()
 
 
 def _kind(test: Test) -> str:

@@ -61,6 +61,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "format": "agentrl.rewards.format:Format",
         "length": "agentrl.rewards.length:Length",
         "numeric": "agentrl.rewards.numeric:Numeric",
+        "unit_tests": "agentrl.rewards.unit_tests:UnitTests",
     },
     "sandbox": {
         "process": "agentrl.sandboxes.process:Process",

@@ -43,6 +43,11 @@ class Pipes:
             os._exit(0)
         return self._loads(self._requests.read(frame_size(header)))
 
+    def close(self) -> None:
+        """In a child that has no business with the judge."""
+        self._requests.close()
+        os.close(self._replies)
+
     def send(self, message: Any) -> None:
         """Write one message."""
         data = frame(message)
