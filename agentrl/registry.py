@@ -54,6 +54,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "code": "agentrl.environments.code:Code",
         "math": "agentrl.environments.math:Math",
         "python_tool": "agentrl.environments.python_tool:PythonTool",
+        "workspace": "agentrl.environments.workspace:Workspace",
     },
     "reward": {
         "boxed": "agentrl.rewards.boxed:Boxed",
@@ -72,6 +73,7 @@ _GYMNASIUM_IDS = {
     "agentrl/Code-v0": "code",
     "agentrl/Math-v0": "math",
     "agentrl/PythonTool-v0": "python_tool",
+    "agentrl/Workspace-v0": "workspace",
 }
 _registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}, "sandbox": {}}
 

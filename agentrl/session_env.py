@@ -9,7 +9,6 @@ model's fault and is told to it; a sandbox that can't be opened in time or goes 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -68,13 +67,14 @@ class SessionEnv(ToolEnv):
                 raise ToolError("not run: the calls of one message took too long, or were too many")
             return await in_thread(work, *args, **kwargs)
 
+    @property
     def left_s(self) -> float:
-        """Seconds that this message may still take."""
+        """Seconds that the calls of this message may still take."""
         return self._left_s
 
-    def spend(self, began: float) -> None:
-        """Take off what has passed since ``began``, of ``time.monotonic()``."""
-        self._left_s -= time.monotonic() - began
+    def spend(self, seconds: float) -> None:
+        """Take off what a call took."""
+        self._left_s -= seconds
 
     def session(self) -> Sandbox:
         """The episode's sandbox, opened where it is not. Raises SandboxLost."""

@@ -129,9 +129,9 @@ class PythonTool(SessionEnv):
         self._interpreter.start()
         began = time.monotonic()
         try:
-            return self._interpreter.run(code, deadline_s=self.left_s())
+            return self._interpreter.run(code, deadline_s=self.left_s)
         finally:
-            self.spend(began)
+            self.spend(time.monotonic() - began)
 
 
 # -- questions that a program answers --

@@ -12,6 +12,7 @@ from agentrl.sandbox import GUARANTEES, LIMITS, ExecResult, Limits, Sandbox, San
 
 __all__ = ["Losing", "Trusting"]
 
+
 class Trusting:
     """Plain processes under a name that claims all: for code that the tests wrote themselves."""
 
