@@ -65,7 +65,10 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "unit_tests": "agentrl.rewards.unit_tests:UnitTests",
     },
     "sandbox": {
+        "docker": "agentrl.sandboxes.docker:Docker",
+        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "process": "agentrl.sandboxes.process:Process",
+        "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
 }
 _GYMNASIUM_IDS = {

@@ -1,7 +1,7 @@
 """What a policy tries against a verdict, against each kind of test: none of it may be accepted.
 
-ATTACKS of the kind "verdict integrity", case by case; sandboxes are plain processes here, since what is tried is the
-judge. What a sandbox must hold is tried with the backends.
+The attacks on verdicts, case by case; sandboxes are plain processes here, since what is tried is the judge.
+What a sandbox must hold is tried with the backends.
 """
 
 from __future__ import annotations
@@ -45,72 +45,184 @@ _FORGED = {
 }
 _ATTACKS = {
     "exit 0 at import": "import os; os._exit(0)",
-    "exit 0 in the call": "import os\ndef f(x): os._exit(0)",
+    "exit 0 in the call": """
+import os
+def f(x): os._exit(0)
+""",
     "sys.exit": "import sys; sys.exit(0)",
     "SystemExit": "def f(x): raise SystemExit",
     "quit": "def f(x): quit()",
     "execv": "import os; os.execv('/bin/true', ['/bin/true'])",
-    "execv in the call": "import os\ndef f(x): os.execv('/bin/true', ['/bin/true'])",
-    "a runner's marker": "import os\ndef f(x):\n    print('2 passed in 0.1s')\n    os._exit(0)",
-    "AlwaysEqual": "class A:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return A()",
-    "an int that is always equal": "class A(int):\n    def __eq__(self, other): return True\ndef f(x): return A()",
-    "a list that is always equal": "class A(list):\n    def __eq__(self, o): return True\ndef f(x): return A()",
-    "a dict with a hostile key": "class A(str): pass\ndef f(x): return {A('a'): 1}",
-    "an exception in __eq__": "class A:\n    def __eq__(self, o): raise SystemExit(0)\ndef f(x): return A()",
-    "an exit in __del__": "import os\nclass A:\n    def __del__(self): os._exit(0)\ndef f(x): return A()",
-    "an exit in __reduce__": "import os\nclass A:\n    def __reduce__(self): os._exit(0)\ndef f(x): return A()",
-    "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): raise SystemExit",
+    "execv in the call": """
+import os
+def f(x): os.execv('/bin/true', ['/bin/true'])
+""",
+    "a runner's marker": """
+import os
+def f(x):
+    print('2 passed in 0.1s')
+    os._exit(0)
+""",
+    "AlwaysEqual": """
+class A:
+    def __eq__(self, other): return True
+    __hash__ = None
+def f(x): return A()
+""",
+    "an int that is always equal": """
+class A(int):
+    def __eq__(self, other): return True
+def f(x): return A()
+""",
+    "a list that is always equal": """
+class A(list):
+    def __eq__(self, o): return True
+def f(x): return A()
+""",
+    "a dict with a hostile key": """
+class A(str): pass
+def f(x): return {A('a'): 1}
+""",
+    "an exception in __eq__": """
+class A:
+    def __eq__(self, o): raise SystemExit(0)
+def f(x): return A()
+""",
+    "an exit in __del__": """
+import os
+class A:
+    def __del__(self): os._exit(0)
+def f(x): return A()
+""",
+    "an exit in __reduce__": """
+import os
+class A:
+    def __reduce__(self): os._exit(0)
+def f(x): return A()
+""",
+    "atexit": """
+import atexit, os
+atexit.register(os._exit, 0)
+def f(x): raise SystemExit
+""",
     "frames": """
 import gc, sys
 def f(x):
     frame, found = sys._getframe(), []
     while frame:
-        found += [v for names in (frame.f_locals, frame.f_globals) for k, v in names.items() if 'expected' in k]
+        for names in (frame.f_locals, frame.f_globals):
+            found += [v for k, v in names.items() if 'expected' in k]
         frame = frame.f_back
-    return found[0] if found else 0""",
+    return found[0] if found else 0
+""",
     "memory": """
 import gc
 def f(x):
     for thing in gc.get_objects():
         if type(thing) is dict and 'expected' in thing: return thing['expected']
-        if type(thing) is list and 731 in [v for v in thing if type(v) is int]: return 731""",
+        if type(thing) is list and 731 in [v for v in thing if type(v) is int]: return 731
+""",
     "the command line": """
 def f(x):
     text = open('/proc/self/cmdline').read() + open('/proc/self/environ').read()
-    return 731 if '731' in text else [4, 6] if '4, 6' in text else 0""",
+    return 731 if '731' in text else [4, 6] if '4, 6' in text else 0
+""",
     "the files": """
 import os
 def f(x):
     for folder, _, names in os.walk('.'):
         for name in names:
             if '731' in open(os.path.join(folder, name), errors='replace').read(): return 731
-    return 0""",
-    "its own stdin": "import sys\ndef f(x): return 731 if '731' in sys.stdin.read() else 0",
-    "patched builtins": "import builtins\nfor n in ('len','type','isinstance','list','int','str','repr'):\n"
-    "    setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return True",
-    "patched json": "import json, json.encoder\njson.dumps = lambda *a, **k: '[0, \"value\", true]'\n"
-    "json.loads = lambda *a: 1/0\ndef f(x): return True",
-    "patched os.write": "import os\nos.write = lambda *a: 0\nos.read = lambda *a: b''\ndef f(x): return True",
-    "patched sys": "import sys\nsys.exit = sys.excepthook = sys.settrace = lambda *a: None\nsys.modules.clear()\n"
-    "def f(x): return True",
-    "patched unittest": "import unittest\nunittest.TestCase.assertEqual = lambda *a: None\ndef f(x): return 0",
-    "patched AssertionError": "import builtins\nbuiltins.AssertionError = type('E', (BaseException,), {})\n"
-    "def f(x): return 0",
-    "SkipTest": "import unittest\ndef f(x): raise unittest.SkipTest('no')",
+    return 0
+""",
+    "its own stdin": """
+import sys
+def f(x): return 731 if '731' in sys.stdin.read() else 0
+""",
+    "patched builtins": """
+import builtins
+for n in ('len','type','isinstance','list','int','str','repr'):
+    setattr(builtins, n, lambda *a, **k: True)
+def f(x): return True
+""",
+    "patched json": """
+import json, json.encoder
+json.dumps = lambda *a, **k: '[0, "value", true]'
+json.loads = lambda *a: 1/0
+def f(x): return True
+""",
+    "patched os.write": """
+import os
+os.write = lambda *a: 0
+os.read = lambda *a: b''
+def f(x): return True
+""",
+    "patched sys": """
+import sys
+sys.exit = sys.excepthook = sys.settrace = lambda *a: None
+sys.modules.clear()
+def f(x): return True
+""",
+    "patched unittest": """
+import unittest
+unittest.TestCase.assertEqual = lambda *a: None
+def f(x): return 0
+""",
+    "patched AssertionError": """
+import builtins
+builtins.AssertionError = type('E', (BaseException,), {})
+def f(x): return 0
+""",
+    "SkipTest": """
+import unittest
+def f(x): raise unittest.SkipTest('no')
+""",
     "AssertionError": "def f(x): raise AssertionError",
     "StopIteration": "def f(x): raise StopIteration",
-    "an exception with a hostile text": "class E(Exception):\n    def __str__(self): raise SystemExit(0)\n"
-    "def f(x): raise E",
-    "an exception of a hostile name": "E = type('passed', (Exception,), {})\ndef f(x): raise E('AC')",
-    "a deep value": "def f(x):\n    v = []\n    for _ in range(100000): v = [v]\n    return v",
-    "a value in itself": "def f(x):\n    v = []\n    v += [v, v]\n    return v",
+    "an exception with a hostile text": """
+class E(Exception):
+    def __str__(self): raise SystemExit(0)
+def f(x): raise E
+""",
+    "an exception of a hostile name": """
+E = type('passed', (Exception,), {})
+def f(x): raise E('AC')
+""",
+    "a deep value": """
+def f(x):
+    v = []
+    for _ in range(100000): v = [v]
+    return v
+""",
+    "a value in itself": """
+def f(x):
+    v = []
+    v += [v, v]
+    return v
+""",
     "a huge value": "def f(x): return [0] * 5_000_000",
     "a huge text": "def f(x): return 'x' * 50_000_000",
     "a huge integer": "def f(x): return 10 ** 1_000_000",
-    "a generator without end": "import itertools\ndef f(x): return itertools.count()",
-    "a mutated argument": "def f(x):\n    if type(x) is list: x[:] = [4, 6]\n    return x",
-    "a deep recursion": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return f(x)",
-    "closed descriptors": "import os\ndef f(x):\n    os.closerange(0, 1000)\n    return 0",
+    "a generator without end": """
+import itertools
+def f(x): return itertools.count()
+""",
+    "a mutated argument": """
+def f(x):
+    if type(x) is list: x[:] = [4, 6]
+    return x
+""",
+    "a deep recursion": """
+import sys
+sys.setrecursionlimit(10**9)
+def f(x): return f(x)
+""",
+    "closed descriptors": """
+import os
+def f(x):
+    os.closerange(0, 1000)
+    return 0
+""",
     "a later thread": """
 import threading, time, os
 def f(x):
@@ -119,10 +231,21 @@ def f(x):
         os._exit(0)
     threading.Thread(target=late).start()
     time.sleep(1)
-    return 0""",
-    "another process that goes on": "import os, time\nif os.fork() == 0:\n    time.sleep(0.2)\n    os._exit(0)\n"
-    "def f(x): return 0",
-    "the parent's end": "import os\nif os.fork():\n    os._exit(0)\ndef f(x): return 0",
+    return 0
+""",
+    "another process that goes on": """
+import os, time
+if os.fork() == 0:
+    time.sleep(0.2)
+    os._exit(0)
+def f(x): return 0
+""",
+    "the parent's end": """
+import os
+if os.fork():
+    os._exit(0)
+def f(x): return 0
+""",
     **{
         f"forged: {name}": f"{_FRAMES}\nfor fd in range(1, 64):\n    for message in [{messages}]:\n"
         "        try: os.write(fd, frame(message))\n        except OSError: pass\ndef f(x): return 0"
@@ -134,16 +257,38 @@ def f(x):
         "            except OSError: pass\n    os._exit(0)"
         for name, messages in _FORGED.items()
     },
-    "no frames": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\xff' * 5000)\n    except OSError: pass\n"
-    "def f(x): return 0",
-    "a frame without end": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'\\x00\\x7f\\xff\\xff' + b'[' * 60000)\n"
-    "    except OSError: pass\ndef f(x): return 0",
-    "nested JSON": f"{_FRAMES}\nbody = b'[' * 500_000 + b']' * 500_000\nfor fd in range(3, 64):\n"
-    "    try:\n        os.write(fd, len(body).to_bytes(4, 'big') + body)\n    except OSError: pass\nos._exit(0)",
-    "endless digits": f"{_FRAMES}\nbody = b'[0, \"value\", ' + b'7' * 1_000_000 + b']'\n"
-    "for fd in range(3, 64):\n    try: os.write(fd, len(body).to_bytes(4, 'big') + body)\n"
-    "    except OSError: pass\nos._exit(0)",
-}  # fmt: skip
+    "no frames": """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'\\xff' * 5000)
+    except OSError: pass
+def f(x): return 0
+""",
+    "a frame without end": """
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'\\x00\\x7f\\xff\\xff' + b'[' * 60000)
+    except OSError: pass
+def f(x): return 0
+""",
+    "nested JSON": f"""
+{_FRAMES}
+body = b'[' * 500_000 + b']' * 500_000
+for fd in range(3, 64):
+    try:
+        os.write(fd, len(body).to_bytes(4, 'big') + body)
+    except OSError: pass
+os._exit(0)
+""",
+    "endless digits": f"""
+{_FRAMES}
+body = b'[0, "value", ' + b'7' * 1_000_000 + b']'
+for fd in range(3, 64):
+    try: os.write(fd, len(body).to_bytes(4, 'big') + body)
+    except OSError: pass
+os._exit(0)
+""",
+}
 
 
 @pytest.fixture(scope="module")
