@@ -51,7 +51,10 @@ Kind = Literal["environment", "reward", "sandbox"]
 _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "environment": {
         "calculator": "agentrl.environments.calculator:Calculator",
+        "code": "agentrl.environments.code:Code",
         "math": "agentrl.environments.math:Math",
+        "python_tool": "agentrl.environments.python_tool:PythonTool",
+        "workspace": "agentrl.environments.workspace:Workspace",
     },
     "reward": {
         "boxed": "agentrl.rewards.boxed:Boxed",
@@ -68,7 +71,13 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
 }
-_GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}
+_GYMNASIUM_IDS = {
+    "agentrl/Calculator-v0": "calculator",
+    "agentrl/Code-v0": "code",
+    "agentrl/Math-v0": "math",
+    "agentrl/PythonTool-v0": "python_tool",
+    "agentrl/Workspace-v0": "workspace",
+}
 _registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}, "sandbox": {}}
 
 

@@ -26,6 +26,8 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "types errors seeds files stop_signal allocator stopwatch",
         "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
         "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
+        "rows questions interpreter interpreter_process session_env backends codedata evalplus "
+        "reference_process workspaces cheating "
         "judge judging judge_line judge_record verdicts plain comparing solution_process "
         "assertion_process workspace_judging grading_process "
         "container_process container_link container_meter container_engine container_pool "
