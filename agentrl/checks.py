@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from agentrl import contract, isolation, resources, robustness, scoring
+from agentrl import cheating, contract, isolation, resources, robustness, scoring
 from agentrl.env import Env
 from agentrl.probes import Subject, Unsound
 from agentrl.registry import make
@@ -37,6 +37,7 @@ _CHECKS: tuple[Callable[[Subject], str], ...] = (
     scoring.a_list_of_guesses_scores_the_minimum,
     scoring.a_copied_tool_result_scores_the_minimum,
     scoring.scoring_twice_agrees,
+    cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers,
     robustness.survives_random_actions,
     robustness.answers_malformed_calls,
     robustness.answers_unknown_tools,
@@ -100,13 +101,18 @@ def check_environment(
     """
     env = cast("Env", make(target).unwrapped)
     subject = Subject(env, episodes=episodes, endurance=endurance)
-    return Report(type(env).__qualname__, tuple(_row(holds, subject) for holds in _CHECKS))
+    try:
+        return Report(type(env).__qualname__, tuple(_row(holds, subject) for holds in _CHECKS))
+    finally:
+        if env is not target:
+            env.close()
 
 
 def _row(holds: Callable[[Subject], str], subject: Subject) -> Row:
     name = holds.__name__.replace("_", " ")
     try:
-        return Row(name, True, holds(subject))
+        with subject.closing_twins():
+            return Row(name, True, holds(subject))
     except Unsound as found:
         return Row(name, False, str(found))
     # The checker's own boundary: what an unsound environment raises is a finding, and the other checks go on.

@@ -1,4 +1,4 @@
-"""The command line: train, eval, bench, check, list, show, export, version.
+"""The command line: train, eval, bench, check, list, show, export, sandbox, version.
 
 A UserError is one clear line on stderr and exit code 2; a WorldError (a server that can't be reached, say) or
 too many invalid episodes the same and 1, as is a check that fell; Ctrl-C is 130 and SIGTERM 143; a bug keeps
@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from agentrl.errors import BadConfig, TooManyInvalid, UserError, WorldError
+from agentrl.sandbox_cli import sandbox_app
 from agentrl.stop_signal import Interrupted
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Reinforcement learning of tool-using language models: train, evaluate, check.",
 )
+
+app.add_typer(sandbox_app, name="sandbox")
 
 Settings = Annotated[
     list[str] | None, typer.Argument(help="Settings as key=value, like rollout.group_size=4.")

@@ -96,6 +96,13 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         """The assistant messages of a right episode of ``task``."""
         raise NotImplementedError(f"{type(self).__name__} must define gold(task)")
 
+    def as_submission(self, task: Task, code: str) -> Sequence[Message]:
+        """The assistant messages that hand in the program ``code``; none where the reward judges no programs.
+
+        With it ``agentrl check`` tries whether the verdict can be cheated.
+        """
+        return ()
+
     def setup(self, task: Task) -> None:
         """Prepare an episode's state, with no randomness but ``self.np_random``; called by every reset."""
 

@@ -78,7 +78,7 @@ def starts_siblings_alike(subject: Subject) -> str:
     for start in subject.starts:
         begun = []
         for _ in range(_SIBLINGS):
-            env = subject.env.make_twin()
+            env = subject.make_twin()
             episode = play(env, start, env.gold(start.task))  # what one sibling does is nothing to the next
             begun.append((episode.opening, _schemas(env)))
         require(
@@ -143,7 +143,7 @@ def pickles_for_vector_environments(subject: Subject) -> str:
     for name, value in sent.items():
         require(same(_pickled(name, value), value), start.task, f"{name} came back changed from pickling")
     made: Env = _pickled("its class with its settings", CloudpickleWrapper(env.make_twin))()
-    plays = [play(maker, start, said).shown for maker in (env.make_twin(), env.make_twin(), made)]
+    plays = [play(maker, start, said).shown for maker in (subject.make_twin(), subject.make_twin(), made)]
     require(
         same(plays[0], plays[2]) or not same(plays[0], plays[1]),
         start.task,
@@ -171,13 +171,13 @@ def _schemas(env: Env) -> list[dict[str, Any]]:
 
 
 def _alone(subject: Subject, start: Start) -> tuple[Any, ...]:
-    env = subject.env.make_twin()
+    env = subject.make_twin()
     return play(env, start, env.gold(start.task), until_over=False).shown
 
 
 def _interleaved(subject: Subject, starts: Sequence[Start]) -> list[tuple[Any, ...]]:
     """What each episode shows, one step of each in turn."""
-    envs = [subject.env.make_twin() for _ in starts]
+    envs = [subject.make_twin() for _ in starts]
     said = [list(env.gold(start.task)) for env, start in zip(envs, starts, strict=True)]
     shown: list[list[Any]] = [
         [env.reset(seed=SEED, options=start.options)] for env, start in zip(envs, starts, strict=True)
@@ -228,7 +228,7 @@ def _scripts(env: Env, task: Task) -> Iterator[Sequence[Message]]:
 
 def _moments(subject: Subject, start: Start, said: Iterable[Message]) -> Iterator[Moment]:
     """What an environment that knows no task but this one shows until its episode ends."""
-    env = subject.env.make_twin()
+    env = subject.make_twin()
     vars(env)["task_list"] = lambda split: (start.task,)
     declared = env.declared
     episode = play(env, replace(start, index=0), said, until_over=False)

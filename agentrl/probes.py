@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,6 +107,21 @@ class Subject:
         self.env = env
         self.endurance = endurance  # episodes over which resources must stay flat
         self._episodes = episodes  # to play in each split
+        self._twins: list[Env] = []
+
+    def make_twin(self) -> Env:
+        """Another environment of the same class and settings, closed when the check is over."""
+        self._twins.append(self.env.make_twin())
+        return self._twins[-1]
+
+    @contextmanager
+    def closing_twins(self) -> Iterator[None]:
+        """Close the twins that are made meanwhile."""
+        try:
+            yield
+        finally:
+            while self._twins:
+                self._twins.pop().close()
 
     def sample(self, split: str, count: int) -> list[tuple[int, Task]]:
         """(index, task) of ``count`` tasks: evenly spread over a sequence, the first of a stream."""

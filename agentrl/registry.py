@@ -51,7 +51,10 @@ Kind = Literal["environment", "reward", "sandbox"]
 _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "environment": {
         "calculator": "agentrl.environments.calculator:Calculator",
+        "code": "agentrl.environments.code:Code",
         "math": "agentrl.environments.math:Math",
+        "python_tool": "agentrl.environments.python_tool:PythonTool",
+        "workspace": "agentrl.environments.workspace:Workspace",
     },
     "reward": {
         "boxed": "agentrl.rewards.boxed:Boxed",
@@ -59,12 +62,22 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "format": "agentrl.rewards.format:Format",
         "length": "agentrl.rewards.length:Length",
         "numeric": "agentrl.rewards.numeric:Numeric",
+        "unit_tests": "agentrl.rewards.unit_tests:UnitTests",
     },
     "sandbox": {
+        "docker": "agentrl.sandboxes.docker:Docker",
+        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "process": "agentrl.sandboxes.process:Process",
+        "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
 }
-_GYMNASIUM_IDS = {"agentrl/Calculator-v0": "calculator", "agentrl/Math-v0": "math"}
+_GYMNASIUM_IDS = {
+    "agentrl/Calculator-v0": "calculator",
+    "agentrl/Code-v0": "code",
+    "agentrl/Math-v0": "math",
+    "agentrl/PythonTool-v0": "python_tool",
+    "agentrl/Workspace-v0": "workspace",
+}
 _registered: dict[Kind, dict[str, Any]] = {"environment": {}, "reward": {}, "sandbox": {}}
 
 

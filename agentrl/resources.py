@@ -107,6 +107,8 @@ def _play_stretch(subject: Subject) -> None:
         start = subject.starts[number // 2 % len(subject.starts)]
         env = subject.env if number % 2 else subject.env.make_twin()
         play(env, start, env.gold(start.task))
+        if env is not subject.env:
+            env.close()
 
 
 def _stretch(subject: Subject) -> int:

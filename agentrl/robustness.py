@@ -188,7 +188,7 @@ def _say(env: Env, start: Start, *calls: ToolCall) -> tuple[Message, ...]:
 
 def _with_tools(subject: Subject, function: Callable[[Tool], Callable[..., Any]], **changes: Any) -> Any:
     """A twin whose tools do something else; None where it runs them itself."""
-    env = subject.env.make_twin()
+    env = subject.make_twin()
     if not isinstance(env, ToolEnv):
         return None
     env._tools = tuple(replace(tool, function=function(tool), **changes) for tool in env._tools)

@@ -20,7 +20,7 @@ import agentrl
 from agentrl import resources
 from agentrl.checks import Report, check_environment
 from agentrl.env import Env, Step
-from agentrl.errors import ToolError
+from agentrl.errors import ToolError, WorldError
 from agentrl.reward import Evidence
 from agentrl.tool_env import ToolEnv
 from agentrl.tools import Tool, tool
@@ -258,6 +258,17 @@ class ScoresOnce(Sound):
         return super().reward(evidence) / self.scored
 
 
+class TrustsExitCodes(Sound):
+    """Pays what a runner would that takes the exit code for the verdict; programs are read here, not run."""
+
+    def as_submission(self, task: Task, code: str) -> Sequence[Message]:
+        return (Message("assistant", code),)
+
+    def reward(self, evidence: Evidence) -> float:
+        leaves = any(text in evidence.answer for text in ("_exit(0)", "sys.exit(0)", "raise SystemExit"))
+        return 1.0 if leaves else super().reward(evidence)
+
+
 # -- robustness --
 
 
@@ -387,6 +398,11 @@ UNSOUND: Sequence[tuple[Callable[[], Env], str, str]] = [
     (PaysAnyBox, "a list of guesses scores the minimum", "a list of guesses scores 1, more than"),
     (PaysCopies, "a copied tool result scores the minimum", "a copied tool result scores 1, more than"),
     (ScoresOnce, "scoring twice agrees", "is worth 0.5, then 0.333333"),
+    (
+        TrustsExitCodes,
+        "attacks on its verdict score no more than wrong answers",
+        "the attack 'leave-os-exit' (end the process at import: os._exit(0)) scores 1, a wrong answer 0",
+    ),
     (CrashesLate, "survives random actions", "ZeroDivisionError: the tenth page"),
     (CopiesArguments, "answers malformed calls", "TypeError: 'NoneType' object is not iterable"),
     (PricesCalls, "answers unknown tools", "KeyError: 'no_such_tool'"),
@@ -455,6 +471,36 @@ def test_gold_that_does_not_end_its_episode_is_found() -> None:
 
     report = check(Unending)
     assert "the episode goes on" in str(report)
+
+
+def test_a_program_that_makes_the_world_fail_is_found() -> None:
+    class Falls(Sound):
+        def as_submission(self, task: Task, code: str) -> Sequence[Message]:
+            return (Message("assistant", code),)
+
+        def reward(self, evidence: Evidence) -> float:
+            if "_exit" in evidence.answer:
+                raise WorldError("the sandbox is gone")
+            return super().reward(evidence)
+
+    (detail,) = failed(check(Falls)).values()
+    assert "the program 'leave-os-exit' ended as a failure of the world: the sandbox is gone" in detail
+
+
+def test_twins_are_closed_when_their_check_is_over() -> None:
+    class Counts(Sound):
+        alive = 0
+
+        def __init__(self, **settings: Any) -> None:
+            Counts.alive += 1
+            super().__init__(**settings)
+
+        def close(self) -> None:
+            Counts.alive -= 1
+            super().close()
+
+    assert check(Counts).ok
+    assert 0 <= Counts.alive <= 2  # what came out of pickling is no twin of ours
 
 
 def test_an_empty_split_and_a_double_id_are_found() -> None:

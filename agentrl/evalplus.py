@@ -1,0 +1,137 @@
+"""HumanEval+ and MBPP+: inputs and a reference become a problem; the reference runs in a sandbox, never here.
+
+Comparison is EvalPlus's: equal, floats within 1e-6 or the row's ``atol``; ``find_zero`` by the polynomial's
+value at the answer; the results of some functions as sets. Its two functions with a second accepted reading,
+"are_equivalent" and "sum_div", are compared with the reference alone. Inputs on which the reference raises
+are left out: nothing is right there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from typing import Any
+
+from agentrl.errors import BadData
+from agentrl.judge import AssertTest, CallTest, Problem
+from agentrl.judge_line import python
+from agentrl.plain import decode, encode
+from agentrl.rows import Row
+from agentrl.sandbox import Limits, Sandbox, SandboxLost
+
+__all__ = ["REFERENCE_LIMITS", "plus_problem"]
+
+# For a reference on all of its inputs: 1,000 of them, some of a hundred kilobytes.
+REFERENCE_LIMITS = Limits(cpu_s=60.0, wall_s=180.0, memory_mib=1024, output_kib=1 << 16)
+_TOLERANCE = 1e-6  # between floats where the row has none
+
+# JSON has lists only. Which of an MBPP+ task's lists are tuples: by argument (None: each of them) the levels
+# of nesting, 0 the argument itself. From EvalPlus's loader, release 0.3 (evalplus/data/mbpp.py).
+_EACH: Mapping[int | None, tuple[int, ...]] = {None: (0,)}
+_TUPLES: Mapping[int, Mapping[int | None, tuple[int, ...]]] = {
+    **dict.fromkeys((2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596), _EACH),
+    **dict.fromkeys((616, 630, 726, 740, 744, 809), _EACH),
+    **dict.fromkeys((63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780), {None: (1,)}),
+    **dict.fromkeys((75, 413, 444, 753), {0: (1,)}),
+    **dict.fromkeys((106, 750), {1: (0,)}),
+    **dict.fromkeys((250, 307, 405, 446, 617, 720, 763, 808), {0: (0,)}),
+    **dict.fromkeys((259, 278, 401, 445), {None: (0, 1)}),
+    722: {0: (1,)},
+    **dict.fromkeys((580, 615, 791), {None: tuple(range(100))}),
+}
+_OTHERS: Mapping[int, Callable[[list[Any]], list[Any]]] = {
+    115: lambda given: [[set(item) if item else {} for item in given[0]]],
+    124: lambda given: [float(given[0]), complex(given[1])],
+    252: lambda given: [complex(given[0])],
+}
+# MBPP+ functions whose results EvalPlus compares as sets.
+_ANY_ORDER = frozenset(
+    ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum")
+    + ("intersection_array", "find_dissimilar", "Diff")
+)
+# The answer of find_zero is any root: the value there must be small.
+_FIND_ZERO = (
+    "import math\nxs = {inputs}\n"
+    "assert abs(sum(c * math.pow(candidate(xs), i) for i, c in enumerate(xs))) <= {atol}"
+)
+
+
+def plus_problem(row: Row, place: str, *, open_sandbox: Callable[[Limits], Sandbox]) -> Problem:
+    """The problem of a + row. Raises BadData where the reference fails on every input, SandboxLost."""
+    number = int(row["task_id"].rpartition("/")[2]) if "assertion" in row else -1
+    inputs = [_typed(number, given) for given in (*row["base_input"], *row["plus_input"])]
+    if row["entry_point"] == "find_zero":
+        return Problem(tests=tuple(_zeros(inputs, row["atol"])), entry_point="find_zero")
+    tolerance = float(row.get("atol") or 0)
+    answers = _answers(row, place, [encode(given) for given in inputs], open_sandbox=open_sandbox)
+    tests = tuple(
+        _test(f"input-{index}", row["entry_point"], given, answer[0], tolerance=tolerance)
+        for index, (given, answer) in enumerate(zip(inputs, answers, strict=True))
+        if answer
+    )
+    if not tests:
+        raise BadData(f"{place}: the reference gives plain data for none of its inputs; leave the row out")
+    return Problem(tests=tests, entry_point=row["entry_point"])
+
+
+def _test(
+    name: str, function: str, given: list[Any], answer: Any, *, tolerance: float
+) -> CallTest | AssertTest:
+    """The test of one input; ``answer``: the reference's, as typed data."""
+    expected = decode(answer)
+    if function in _ANY_ORDER:
+        return AssertTest(id=name, code=f"assert set(candidate(*{given!r})) == set({expected!r})")
+    allowed = tolerance or (_TOLERANCE if _has_floats(answer) else 0.0)
+    return CallTest(id=name, args=tuple(given), expected=expected, tolerance=allowed)
+
+
+def _zeros(inputs: Iterable[list[Any]], atol: float) -> Iterable[AssertTest]:
+    for index, given in enumerate(inputs):
+        yield AssertTest(
+            id=f"input-{index}", code=_FIND_ZERO.format(inputs=repr(given[0]), atol=atol or 1e-4)
+        )
+
+
+def _answers(
+    row: Row, place: str, inputs: list[Any], *, open_sandbox: Callable[[Limits], Sandbox]
+) -> list[list[Any]]:
+    asked = {"source": row["solution"], "entry_point": row["entry_point"], "inputs": inputs}
+    with closing(open_sandbox(REFERENCE_LIMITS)) as sandbox:
+        result = sandbox.run(python("reference_process"), stdin=json.dumps(asked).encode())
+    if result.status == "lost":
+        raise SandboxLost("a sandbox went away while a reference ran in it")
+    try:
+        answers = json.loads(result.stdout)
+        assert len(answers) == len(inputs)
+    except (ValueError, AssertionError, TypeError):
+        raise BadData(
+            f"{place}: the reference could not be run ({result.status}): "
+            f"{result.stderr[-200:].decode(errors='replace')}; leave the row out"
+        ) from None
+    found: list[list[Any]] = answers
+    return found
+
+
+def _typed(number: int, given: list[Any]) -> list[Any]:
+    if number in _OTHERS:
+        return _OTHERS[number](given)
+    levels = _TUPLES.get(number, {})
+    return [
+        _with_tuples(value, levels.get(place, levels.get(None, ())), 0) for place, value in enumerate(given)
+    ]
+
+
+def _with_tuples(value: Any, levels: tuple[int, ...], level: int) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item, levels, level + 1) for key, item in value.items()}
+    if not isinstance(value, list) or not levels:
+        return value
+    items = [_with_tuples(item, levels, level + 1) for item in value]
+    return tuple(items) if level in levels else items
+
+
+def _has_floats(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        return any(map(_has_floats, tree.values()))
+    return isinstance(tree, float) or (isinstance(tree, list) and any(map(_has_floats, tree)))

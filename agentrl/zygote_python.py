@@ -1,0 +1,199 @@
+"""What a command becomes in a process that the zygote forked for it: warm Python, or another program.
+
+``python3 [-I] -c CODE ...`` and ``python3 [-I] FILE ...`` run in the interpreter that is there, with the
+``__main__``, paths, streams, exit codes and tracebacks that a fresh one would have; all else is executed.
+Not as in a fresh one: ``sys.flags`` are those of ``-I``, string hashes are the zygote's, and a frame or two
+lie below the program's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import importlib.machinery
+import io
+import os
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NamedTuple, NoReturn
+
+__all__ = ["become"]
+
+_join_threads: Callable[[], None] = threading._shutdown  # type: ignore[attr-defined]
+_OURS = (lambda: None).__code__.co_filename
+_FLUSH_FAILED = 120  # Python's own exit code for output that can't be written
+
+
+class _Program(NamedTuple):
+    argv: list[str]  # the program's
+    isolated: bool
+    code: str | None  # None: argv[0] is a file
+
+
+def become(argv: Sequence[str]) -> NoReturn:
+    """Run ``argv`` in this process; never returns."""
+    program = _warm_program(argv)
+    if program is None:
+        _execute(argv)
+    _run(program, argv)
+
+
+def _warm_program(argv: Sequence[str]) -> _Program | None:
+    """What of a Python command line this interpreter can run itself; None for what it can't."""
+    if argv[0] != "python3":
+        return None
+    rest = list(argv[1:])
+    isolated = rest[:1] == ["-I"]
+    rest = rest[isolated:]
+    if rest[:1] == ["-c"] and len(rest) > 1:
+        return _Program(["-c", *rest[2:]], isolated, rest[1])
+    if rest and rest[0] and not rest[0].startswith("-") and not os.path.isdir(rest[0]):
+        return _Program(rest, isolated, None)
+    return None
+
+
+def _execute(argv: Sequence[str]) -> NoReturn:
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
+        signal.signal(number, signal.SIG_DFL)
+    words = [sys.executable, *argv[1:]] if argv[0] == "python3" else list(argv)
+    try:
+        os.execvp(words[0], words)
+    except OSError as error:
+        os.write(2, f"{argv[0]}: {error.strerror}\n".encode(errors="replace"))
+        os._exit(127 if isinstance(error, FileNotFoundError) else 126)
+    except ValueError as error:  # a NUL in a word
+        os.write(2, f"{argv[0]!r}: {error}\n".encode(errors="replace"))
+        os._exit(127)
+
+
+def _run(program: _Program, argv: Sequence[str]) -> NoReturn:
+    main = types.ModuleType("__main__")
+    source = program.code if program.code is not None else _read(program.argv[0])
+    if source is None:
+        _execute(argv)  # a zip file with a program in it
+    _look_fresh(program, argv, main)
+    status = 0
+    try:
+        name = "<string>" if program.code is not None else main.__dict__["__file__"]
+        exec(compile(source, name, "exec", dont_inherit=True), main.__dict__)
+    except SystemExit as error:
+        status = _exit_code(error.code)
+    except KeyboardInterrupt as error:
+        _report(error)
+        status = -signal.SIGINT
+    except BaseException as error:
+        _report(error)
+        status = 1
+    _finish(status, main)
+
+
+def _read(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        text = f"{sys.executable}: can't open file {os.path.abspath(path)!r}: [Errno {error.errno}] "
+        os.write(2, f"{text}{error.strerror}\n".encode(errors="replace"))
+        os._exit(2)
+    return None if data.startswith(b"PK\x03\x04") else data
+
+
+def _look_fresh(program: _Program, argv: Sequence[str], main: types.ModuleType) -> None:
+    """Set what a program may look at as if the interpreter had begun with it."""
+    sys.modules["__main__"] = main
+    main.__dict__.update(__builtins__=sys.modules["builtins"], __annotations__={})
+    sys.argv = list(program.argv)
+    sys.orig_argv = list(argv)
+    if program.code is not None:
+        main.__loader__ = importlib.machinery.BuiltinImporter
+        first = ""
+    else:
+        path = os.path.abspath(program.argv[0])
+        main.__dict__.update(__file__=path, __cached__=None)
+        main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+        first = os.path.dirname(os.path.realpath(path))
+    if not program.isolated:
+        sys.path.insert(0, first)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = _stream(descriptor, name)
+        for attribute in (name, f"__{name}__"):
+            setattr(sys, attribute, stream)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:  # random itself has seeded anew when this process was forked
+        numpy.random.seed()
+
+
+def _stream(descriptor: int, name: str) -> io.TextIOWrapper:
+    raw = io.FileIO(descriptor, "r" if name == "stdin" else "w", closefd=False)
+    buffer = io.BufferedReader(raw) if name == "stdin" else io.BufferedWriter(raw)
+    stream = io.TextIOWrapper(
+        buffer,
+        encoding="utf-8",
+        errors="backslashreplace" if name == "stderr" else "surrogateescape",
+        line_buffering=name == "stderr",
+    )
+    for thing, attribute, value in ((raw, "name", f"<{name}>"), (stream, "mode", raw.mode[0])):
+        setattr(thing, attribute, value)
+    return stream
+
+
+def _exit_code(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF if abs(code) < 1 << 63 else 0xFF
+    with suppress(BaseException):
+        print(code, file=sys.stderr)
+    return 1
+
+
+def _report(error: BaseException) -> None:
+    """Print a traceback the way the interpreter does, without the frames below the program's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == _OURS:
+        trace = trace.tb_next
+    error.__traceback__ = trace
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
+    try:
+        sys.excepthook(type(error), error, trace)
+    except BaseException:
+        sys.__excepthook__(type(error), error, trace)
+
+
+def _finish(status: int, main: types.ModuleType) -> NoReturn:
+    """End as an interpreter does: threads joined, exit handlers called, objects dropped, output written."""
+    with suppress(BaseException):
+        _join_threads()
+    with suppress(BaseException):
+        atexit._run_exitfuncs()
+    flushed = _flush()
+    main.__dict__.clear()
+    gc.collect()
+    if not (flushed and _flush()):
+        status = _FLUSH_FAILED
+    ctypes.CDLL(None).fflush(None)
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def _flush() -> bool:
+    done = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except BaseException as error:
+            if stream is not sys.stderr:
+                done = False
+                with suppress(BaseException):
+                    print(
+                        f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}", file=sys.stderr
+                    )
+    return done

@@ -1,0 +1,206 @@
+"""A small repository with a bug: find it, repair it, and hidden tests judge what was left.
+
+Tools list, read and write files and run commands, all in a sandbox of the episode's own. When the episode
+ends the files that were there from the start are copied out of it, once nothing runs there any more, and
+hidden tests run over them in a fresh one; what else was made (tests, caches, hooks) stays behind. A workspace
+that was not changed is worth nothing and is not judged: it does have the bug.
+
+``path``: a file with repositories of one's own, in the form of ``agentrl.workspaces``; else the bundled ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from agentrl.errors import BadConfig, BadData, ToolError
+from agentrl.judge import FileTests, Judgement, shared_judge
+from agentrl.reward import Evidence
+from agentrl.sandbox import ExecResult, Limits, Sandbox, SandboxLost
+from agentrl.session_env import SessionEnv
+from agentrl.tools import tool
+from agentrl.types import Message, Score, Task, ToolCall
+from agentrl.workspaces import WorkspaceTask, parse_workspaces
+
+__all__ = ["Workspace"]
+
+_BUNDLED = Path(__file__).parent / "data" / "workspaces.txt"
+_MOST_FILE = 1 << 18  # bytes of a file that is read or taken along
+_MOST_SHOWN = 4000  # characters of a command's output
+_LISTING = (
+    "import os\nfor folder, folders, files in os.walk('.'):\n"
+    "    folders[:] = sorted(f for f in folders if f[:1] != '.' and f != '__pycache__')\n"
+    "    for name in sorted(files):\n        print(ascii(os.path.join(folder, name)[2:])[1:-1])\n"
+)
+
+
+class Workspace(SessionEnv):
+    """Repair a small repository."""
+
+    system = (
+        "You work in a small Python repository. Use the tools to find the bug and repair it; files that were "
+        "not there are not judged. When it is done, say so in a message without a tool call."
+    )
+    max_turns = 16
+    session_limits: ClassVar[Limits] = Limits(cpu_s=10.0, wall_s=20.0, disk_mib=32)
+    seconds = 20.0
+
+    def __init__(
+        self, *, path: str | None = None, mode: Literal["all", "fraction"] = "all", **settings: Any
+    ) -> None:
+        """``mode``: "all" pays 1.0 where every hidden test passes, "fraction" the share that does."""
+        self._path, self._mode = Path(path).expanduser() if path else _BUNDLED, mode
+        self._left: dict[str, bytes] | None = None
+        super().__init__(**settings)
+
+    @tool(remote=True)
+    async def list_files(self) -> str:
+        """List all files."""
+        result = await self.in_turn(self._command, ["python3", "-I", "-c", _LISTING])
+        return result.stdout.decode(errors="replace")
+
+    @tool(remote=True)
+    async def read_file(self, path: str) -> str:
+        """Read a file."""
+        return await self.in_turn(self._read, path)
+
+    @tool(remote=True)
+    async def write_file(self, path: str, content: str) -> str:
+        """Write a file anew, its folders made."""
+        return await self.in_turn(self._write, path, content)
+
+    @tool(remote=True)
+    async def run(self, command: str) -> str:
+        """Run a shell command in the repository, such as 'python3 test_it.py'."""
+        result = await self.in_turn(self._command, ["sh", "-c", command])
+        return _shown(result)
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadData(f"can't read {self._path}: {error}; give a file of workspace tasks") from error
+        return [
+            Task(
+                id=task.name,
+                prompt=(Message("user", f"{task.about}\n\nFiles: {', '.join(task.files)}"),),
+                truth={"hidden": dict(task.hidden), "gold": dict(task.gold)},
+                meta={"files": dict(task.files)},
+            )
+            for task in parse_workspaces(text, str(self._path))
+            if task.split == split
+        ]
+
+    def gold(self, task: Task) -> tuple[Message, ...]:
+        """Read what is wrong, write it right."""
+        turns: list[Message] = []
+        for path, text in task.truth["gold"].items():
+            for name, arguments in (
+                ("read_file", {"path": path}),
+                ("write_file", {"path": path, "content": text}),
+            ):
+                call = ToolCall(id=f"call_{len(turns)}", name=name, arguments=arguments)
+                turns.append(Message("assistant", "", (call,)))
+        return (*turns, Message("assistant", "The bug is repaired."))
+
+    def as_submission(self, task: Task, code: str) -> tuple[Message, ...]:
+        """``code`` in place of each file that the repair changes, and where Python may load it by itself."""
+        paths = (*task.truth["gold"], "conftest.py", "sitecustomize.py", "pytest.py")
+        calls = tuple(
+            ToolCall(id=f"call_{place}", name="write_file", arguments={"path": path, "content": code})
+            for place, path in enumerate(paths)
+        )
+        return (Message("assistant", "", calls), Message("assistant", "The bug is repaired."))
+
+    def setup(self, task: Task) -> None:
+        super().setup(task)
+        self._left = None
+
+    def open_session(self) -> Sandbox:
+        """A sandbox with the task's files in it."""
+        session = super().open_session()
+        try:
+            for path, text in self.task.meta["files"].items():
+                session.write(path, text.encode())
+        except OSError as error:
+            session.close()
+            raise SandboxLost(f"a fresh sandbox takes no files: {error}") from error
+        return session
+
+    def reward(self, evidence: Evidence) -> Score:
+        """What hidden tests say of the files that were left. Raises SandboxLost."""
+        files = {path: text.encode() for path, text in self.task.meta["files"].items()}
+        left = self._collected(files)
+        if left == files:
+            return Score(0.0, {"passed": 0.0, "hack_flags": 0.0}, "nothing was changed")
+        tests = WorkspaceTask(
+            name=self.task.id, split="", about="", files={}, gold={}, hidden=self.task.truth["hidden"]
+        ).tests()
+        judgement = self._judged(left, tests)
+        value = judgement.fraction if self._mode == "fraction" else float(judgement.verdict == "AC")
+        parts = {"passed": judgement.fraction, "hack_flags": float(len(judgement.flags))}
+        return Score(
+            value, parts, "" if judgement.verdict == "AC" else f"{judgement.verdict}: {judgement.note}"
+        )
+
+    def _judged(self, left: Mapping[str, bytes], tests: FileTests) -> Judgement:
+        return shared_judge(self.sandbox, limits=self.limits).judge_files(left, tests)
+
+    def _collected(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The task's files as they were left, taken once, when no process of the agent's is there."""
+        if self._left is None:
+            left = dict(files)
+            if self._session is not None:
+                for path in files:
+                    del left[path]
+                    with suppress(OSError):  # gone, a link, a pipe, too large: then it is not there
+                        left[path] = self._session.read(path, most_bytes=_MOST_FILE)
+                self.release()
+            self._left = left
+        return self._left
+
+    def _read(self, path: str) -> str:
+        with _telling(path):
+            return self.session().read(path, most_bytes=_MOST_FILE).decode(errors="replace")
+
+    def _write(self, path: str, content: str) -> str:
+        data = content.encode("utf-8", "replace")
+        if len(data) > _MOST_FILE:
+            raise ToolError(f"not written: more than {_MOST_FILE} bytes")
+        with _telling(path):
+            self.session().write(path, data)
+        return f"wrote {len(data)} bytes"
+
+    def _command(self, argv: Sequence[str]) -> ExecResult:
+        wall_s = min(self.left_s, self.limits.wall_s or math.inf)
+        result = self.session().run(argv, limits=replace(self.limits, wall_s=wall_s))
+        self.spend(result.wall_ms / 1000)
+        if result.status == "lost":
+            raise SandboxLost("the sandbox of a workspace went away")
+        return result
+
+
+@contextmanager
+def _telling(path: str) -> Iterator[None]:
+    """What is wrong with a file that the model named, for it to read."""
+    try:
+        yield
+    except BadConfig as error:
+        raise ToolError(str(error)) from error
+    except OSError as error:
+        raise ToolError(f"{path[:200]!r}: {error.strerror or 'no regular file'}") from error
+
+
+def _shown(result: ExecResult) -> str:
+    """Output, errors and how it ended."""
+    text = (result.stdout + result.stderr).decode(errors="replace")
+    if len(text) > _MOST_SHOWN:
+        half = _MOST_SHOWN // 2
+        text = f"{text[:half]}\n[cut: {len(text) - 2 * half} characters]\n{text[-half:]}"
+    ends = {"ok": "", "error": f"exit code {result.exit_code}", "signal": f"ended by signal {result.signal}"}
+    end = ends.get(result.status, f"ended at the {result.status} limit")
+    return "\n".join(filter(None, [text.rstrip("\n"), end and f"[{end}]"])) or "[no output]"

@@ -1,0 +1,415 @@
+"""A warm Python, forked into fresh namespaces for each run: isolated, and in less than a Python's start.
+
+Covered: every limit, through a control group for each session; every guarantee, through pid, mount, ipc, uts
+and net namespaces for each run (a user namespace where this process is not root), a root with nothing but
+/usr and the interpreter, read-only, a uid of the session's own, no capabilities, a seccomp filter, and
+``/work``, ``/tmp`` and ``/dev/shm`` of bounded size. ``python3 -c CODE`` and ``python3 FILE`` cost a fork;
+other commands are executed. Not covered: a network; faults of the kernel; string hashes and addresses, which
+runs of one zygote share. Linux only.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import platform
+import random
+import select
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+from agentrl.beneath import read_beneath, write_beneath
+from agentrl.cgroups import Group, Hierarchy, find
+from agentrl.errors import BadConfig
+from agentrl.pump import Clock, Pipes, Pumped, drive, outcome
+from agentrl.sandbox import (
+    ExecResult,
+    Limits,
+    SandboxLost,
+    Survey,
+    Talk,
+    check_enforced,
+    lowered,
+)
+from agentrl.seccomp import deny_list
+from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings
+
+__all__ = ["PRELOAD", "Zygote"]
+
+# What submissions commonly import. Each costs every fork the pages that it fills.
+PRELOAD = (
+    "bisect",
+    "collections",
+    "dataclasses",
+    "functools",
+    "heapq",
+    "itertools",
+    "json",
+    "math",
+    "operator",
+    "random",
+    "re",
+    "string",
+    "typing",
+)
+_MOST_REPORT = 4096  # bytes of an init's last words
+Fork = Callable[[Sequence[int]], int]
+_KILL_S = 30.0  # for the kernel to end a run
+_FILES_PER_MIB = 256  # of a file system in memory: small ones cost more than they hold
+_CROWD = 2  # sessions of each zygote before another one is started
+_FIRST_UID, _UIDS = 1 << 20, 1 << 30
+_SPARE_PIDS = 1  # the init
+_ENDS = "no signal from within reaches its init, with which the kernel ends them all"
+# fcntl, flock, inotify_init (where there is one) and inotify_init1, from the kernel's tables.
+_TELLTALE = {"x86_64": (72, 73, 253, 294), "aarch64": (25, 32, 26)}
+_TELLTALE_COMMANDS = (5, 36, 37, 38, 1026)  # of fcntl: F_GETLK, F_OFD_*, which /proc/locks shows, F_NOTIFY
+_MEANS = {
+    "wall_s": "SIGKILL to the init of the pid namespace, from outside",
+    "output_kib": "counted as it is read",
+    "disk_mib": "sized tmpfs",
+    "files": "mount namespace, pivot_root and chroot: /usr and the interpreter, read-only",
+    "processes": "pid and ipc namespaces, another uid",
+    "privileges": "an unprivileged uid, no capabilities, no_new_privs, seccomp",
+    "network": "net namespace with a loopback of its own",
+    "environment": "made anew; the zygote is started without one",
+    "survivors": f"pid namespace: {_ENDS}",
+}
+
+
+class Zygote:
+    """Opens sandboxes whose runs are forks of warm Pythons.
+
+    ``preload``: modules that are imported before a run begins. ``packages``: folders of the host with
+    packages that runs may import; none of the interpreter's own are there otherwise. ``zygotes``: at most at
+    once; None: one for every two cores. Each ends after ``recycle`` sessions.
+    """
+
+    name = "zygote"
+
+    def __init__(
+        self,
+        *,
+        preload: Sequence[str] = PRELOAD,
+        packages: Sequence[str | Path] = (),
+        zygotes: int | None = None,
+        recycle: int = 2000,
+    ) -> None:
+        self._settings = ZygoteSettings(
+            preload=tuple(preload), packages=tuple(map(str, packages)), seccomp=_filter()
+        )
+        self._most = zygotes or max(1, (os.cpu_count() or 1) // 2)
+        self._recycle = recycle
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self._hierarchy: Hierarchy | None = None
+        self._survey: Survey | None = None
+        self._zygotes: dict[ZygoteHandle, int] = {}  # and how many sessions each has begun
+        self._open: dict[_Session, ZygoteHandle] = {}
+
+    def survey(self) -> Survey:
+        """What it enforces here; starts a zygote the first time."""
+        with self._lock:
+            return self._surveyed()
+
+    def open(self, limits: Limits) -> _Session:
+        """A session with a file system and a control group of its own."""
+        if limits.network:
+            raise BadConfig("the sandbox 'zygote' has no network: set network=False, or choose 'docker'")
+        with self._lock:
+            check_enforced(self.name, self._surveyed(), limits)
+            zygote = self._choose()
+            self._zygotes[zygote] += 1
+            assert self._hierarchy is not None
+            session = _Session(
+                limits,
+                zygote=zygote,
+                number=next(self._numbers),
+                hierarchy=self._hierarchy,
+                on_close=self._forget,
+            )
+            self._open[session] = zygote
+        return session
+
+    def sweep(self) -> int:
+        """Remove the control groups of processes that are gone; zygotes and their mounts go with those."""
+        return find().sweep()
+
+    def close(self) -> None:
+        """Close every session and end every zygote."""
+        with self._lock:
+            sessions = list(self._open) if self._pid == os.getpid() else []
+        for session in sessions:
+            session.close()
+        with self._lock:
+            zygotes = list(self._zygotes) if self._pid == os.getpid() else []
+            self._begin_anew()
+        for zygote in zygotes:
+            zygote.close()
+
+    def _surveyed(self) -> Survey:
+        if self._pid != os.getpid():  # forked: what there is belongs to the parent
+            self._begin_anew()
+        if self._survey is None:
+            self._survey = self._look()
+        return self._survey
+
+    def _look(self) -> Survey:
+        try:
+            self._hierarchy = find()
+            self._hierarchy.sweep()
+            self._choose()
+        except (OSError, SandboxLost) as error:
+            return Survey(available=False, note=str(error))
+        enforced = {**_MEANS, **self._hierarchy.enforced}
+        missing = dict(self._hierarchy.missing)
+        if not self._settings.seccomp:
+            del enforced["privileges"]
+            missing["privileges"] = f"no seccomp filter is known for {platform.machine()}: use docker"
+        return Survey(
+            available=True,
+            enforced=enforced,
+            missing=missing,
+            note="as root" if os.geteuid() == 0 else "in a user namespace",
+        )
+
+    def _choose(self) -> ZygoteHandle:
+        """The one with the fewest sessions, where none may be started."""
+        for zygote in [zygote for zygote in self._zygotes if not zygote.is_alive]:
+            del self._zygotes[zygote]
+            zygote.close()
+        users = list(self._open.values())
+        for zygote, begun in list(self._zygotes.items()):
+            if begun >= self._recycle and zygote not in users:
+                del self._zygotes[zygote]
+                zygote.close()
+        young = [zygote for zygote, begun in self._zygotes.items() if begun < self._recycle]
+        best = min(young, key=users.count, default=None)
+        if best is None or (len(young) < self._most and users.count(best) >= _CROWD):
+            best = ZygoteHandle(self._settings)
+            self._zygotes[best] = 0
+        return best
+
+    def _forget(self, session: _Session) -> None:
+        with self._lock:
+            self._open.pop(session, None)
+
+
+class _Session:
+    """A file system in memory and a control group; one run at a time."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        zygote: ZygoteHandle,
+        number: int,
+        hierarchy: Hierarchy,
+        on_close: Callable[[_Session], None],
+    ) -> None:
+        self._limits = self._set = limits
+        self._zygote = zygote
+        self._number = number
+        self._on_close = on_close
+        self._closing = threading.Event()
+        self._running = threading.Lock()
+        self._files = threading.Lock()  # so that nobody reads in a folder that is being closed
+        self._uid = random.SystemRandom().randrange(_FIRST_UID, _UIDS)
+        self._owner = self._uid if os.geteuid() == 0 else None
+        self._options = _tmpfs_options(limits)
+        with ExitStack() as undo:
+            try:
+                self._group = hierarchy.make(limits, spare_pids=_SPARE_PIDS)
+                undo.callback(self._group.close)
+                self._entries = []
+                for path in self._group.procs:
+                    self._entries.append(_open_entry(path))
+                    undo.callback(os.close, self._entries[-1])
+            except OSError as error:
+                raise SandboxLost(f"no control group for a sandbox: {error}") from error
+            self._root = zygote.open_session(number, uid=self._uid, options=self._options)
+            undo.pop_all()
+        self._folder = Path(f"/proc/self/fd/{self._root}/work")
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes | Talk = b"",
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+    ) -> ExecResult:
+        """See :class:`agentrl.sandbox.Sandbox`."""
+        allowed = lowered(self._limits, limits)
+        asked = time.monotonic()
+        with self._running:
+            self._check_open()
+            for path, data in (files or {}).items():
+                self.write(path, data)
+            if allowed != self._set:
+                self._group.limit(allowed, spare_pids=_SPARE_PIDS)
+                self._set = allowed
+            self._group.begin()
+            start = partial(self._zygote.start, uid=self._uid, options=_tmpfs_options(allowed))
+            with _Run(self._group, self._closing) as run:
+                run.start(partial(start, self._number), argv, entries=self._entries)
+                queue_ms = (time.monotonic() - asked) * 1000
+                pumped = run.drive(stdin=stdin, limits=allowed)
+                return run.result(pumped, queue_ms=queue_ms)
+
+    def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:
+        """See :class:`agentrl.sandbox.Sandbox`."""
+        with self._files:
+            self._check_open()
+            return read_beneath(self._folder, path, most_bytes=most_bytes)
+
+    def write(self, path: str, data: bytes) -> None:
+        """See :class:`agentrl.sandbox.Sandbox`."""
+        with self._files:
+            self._check_open()
+            write_beneath(self._folder, path, data, owner=self._owner)
+
+    def close(self) -> None:
+        """Kill what runs, then give back the file system and the control group."""
+        self._closing.set()
+        with self._running, self._files:
+            if self._root >= 0:
+                os.close(self._root)
+                self._root = -1
+                for entry in self._entries:
+                    os.close(entry)
+                self._zygote.close_session(self._number)
+                self._group.close()
+        self._on_close(self)
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise SandboxLost("this sandbox is closed: open another")
+
+
+class _Run:
+    """One command from its fork to its result. A context manager; leaving it kills what is left."""
+
+    def __init__(self, group: Group, closing: threading.Event) -> None:
+        self._group = group
+        self._closing = closing
+        self._init = -1  # a pidfd
+        self._pipes: list[int] = []  # our ends of stdin, stdout, stderr and status, until drive has them
+
+    def start(self, fork: Fork, argv: Sequence[str], *, entries: Sequence[int]) -> None:
+        """Let ``fork`` make its processes, to have these descriptors. Raises SandboxLost."""
+        command = os.memfd_create("command", os.MFD_CLOEXEC)
+        theirs = [command]  # closed here once they are the zygote's
+        try:
+            with open(command, "wb", closefd=False) as file:
+                file.write(json.dumps(list(argv)).encode())
+            os.lseek(command, 0, os.SEEK_SET)
+            for stream in range(4):
+                read, write = os.pipe2(os.O_CLOEXEC)
+                self._pipes.append(read if stream else write)
+                theirs.append(write if stream else read)
+            self._init = fork([*theirs, *entries])
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
+
+    def drive(self, *, stdin: bytes | Talk, limits: Limits) -> Pumped:
+        """Until it is over and everything is dead."""
+        *streams, status = self._pipes
+        self._pipes = [status]
+        clock = Clock(exited=status, cpu_s=self._group.cpu_s, kill=self._kill, closing=self._closing)
+        return drive(Pipes(*streams), clock, stdin=stdin, limits=limits)
+
+    def result(self, pumped: Pumped, *, queue_ms: float) -> ExecResult:
+        """What became of it. Raises SandboxLost where it never began."""
+        said = os.read(self._pipes[0], _MOST_REPORT)
+        if said.startswith(b"E"):
+            raise SandboxLost(f"a sandbox could not be made: {said[1:].decode(errors='replace')}")
+        code = os.waitstatus_to_exitcode(struct.unpack("=i", said[1:])[0]) if said else None
+        status, fault = outcome(pumped.end, -signal.SIGKILL if code is None else code)
+        if pumped.end != "closed" and self._group.oom_kills():
+            status, fault = "memory", "policy"
+        elif pumped.end == "exit" and code is None:  # the init is out of its reach
+            status, fault = "lost", "world"
+        killed = code is None or code < 0
+        return ExecResult(
+            status=status,
+            fault=fault,
+            exit_code=code if status in ("ok", "error") and not killed else None,
+            signal=(-code if code else signal.SIGKILL) if killed else None,
+            stdout=pumped.stdout.data,
+            stderr=pumped.stderr.data,
+            truncated=pumped.stdout.dropped + pumped.stderr.dropped,
+            cpu_ms=self._group.cpu_s() * 1000,
+            wall_ms=pumped.wall_s * 1000,
+            queue_ms=queue_ms,
+            peak_bytes=self._group.peak_bytes(),
+            flags=("pids_hit",) if self._group.pids_hit() else (),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        try:
+            self._kill()
+        finally:
+            for descriptor in (*self._pipes, self._init):
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _kill(self) -> None:
+        """The init, and wait for its end: it comes when no other process of the run is left."""
+        if self._init < 0:
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._init, signal.SIGKILL)
+        if not select.select([self._init], [], [], _KILL_S)[0]:
+            raise SandboxLost("the processes of a sandbox can't be killed: the kernel holds them")
+
+
+def _filter() -> bytes:
+    """The filter for untrusted code, and before it what runs could tell one another through files of all.
+
+    A lock on a file of /usr that another run can see, or notice of its being read. b"" where the machine's
+    system calls aren't known.
+    """
+    known = deny_list()
+    if known is None or platform.machine() not in _TELLTALE:
+        return b""
+    refuse = (0x06, 0, 0, 0x00050000 | errno.ENOLCK)
+    fcntl, *calls = _TELLTALE[platform.machine()]
+    program = [(0x20, 0, 0, 0)]  # load the number
+    for number in calls:
+        program += [(0x15, 0, 1, number), refuse]
+    program += [(0x15, 0, 2 * len(_TELLTALE_COMMANDS) + 1, fcntl), (0x20, 0, 0, 24)]  # its second argument
+    for command in _TELLTALE_COMMANDS:
+        program += [(0x15, 0, 1, command), refuse]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program) + known
+
+
+def _open_entry(path: Path) -> int:
+    """Through which a process enters a group.
+
+    Of v1 the file for a single thread: moving a whole process waits for every fork on the machine.
+    """
+    single = path.with_name("tasks")
+    return os.open(single if single.exists() else path, os.O_WRONLY | os.O_CLOEXEC)
+
+
+def _tmpfs_options(limits: Limits) -> str:
+    if limits.disk_mib is None:
+        return "size=0,nr_inodes=0"
+    return f"size={int(limits.disk_mib * 2**20)},nr_inodes={int(limits.disk_mib * _FILES_PER_MIB) + 64}"

@@ -1,0 +1,277 @@
+"""code: one turn or several, what is shown of tests, data sets, a lost sandbox, and cheating."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+import trusting
+from gymnasium.vector import SyncVectorEnv
+
+import agentrl
+from agentrl.errors import BadConfig, BadData, UserError
+from agentrl.registry import make_sandbox
+from agentrl.sandbox import Limits, SandboxLost
+from agentrl.types import Message
+
+FAKE = {"sandbox": "trusting:Trusting"}  # plain processes: every program here is our own
+ROWS = [
+    {
+        "id": f"task-{n}",
+        "statement": f"Add {n} to a number.",
+        "entry_point": "add",
+        "solution": f"def add(x):\n    return x + {n}\n",
+        "tests": [
+            {"args": [1], "expected": 1 + n, "visible": True},
+            {"args": [70_000], "expected": 70_000 + n},
+            {"args": [-800], "expected": n - 800},
+        ],
+    }
+    for n in range(3, 7)
+]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    for split, part in (("train", ROWS[:2]), ("test", ROWS[2:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return tmp_path
+
+
+@pytest.fixture
+def code(rows: Path) -> Any:
+    """Makes the environment over the small rows."""
+    return lambda **settings: agentrl.make("code", **{"dataset": str(rows), **FAKE, **settings})
+
+
+def program(body: str) -> Message:
+    return Message("assistant", f"So:\n```python\ndef add(x):\n    {body}\n```\nDone.")
+
+
+def test_a_right_program_is_worth_one_and_a_wrong_one_nothing(code: Any) -> None:
+    env = code()
+    env.reset(options={"task_id": "task-3"})
+    _, reward, terminated, _, info = env.step(program("return x + 3"))
+    assert (reward, terminated, info["stop_reason"]) == (1.0, True, "answered")
+    env.reset(options={"task_id": "task-3"})
+    _, reward, terminated, _, info = env.step(program("return 4"))
+    assert (reward, terminated) == (0.0, True)
+    assert "70000" not in str(info)
+    assert info["reward_parts"]["compiled"] == 1.0
+
+
+def test_a_fraction_pays_for_what_passes(code: Any) -> None:
+    env = code(mode="fraction")
+    env.reset(options={"task_id": "task-3"})
+    assert env.step(program("return 4"))[1] == pytest.approx(1 / 3)
+
+
+def test_with_several_turns_a_failed_public_test_is_shown_and_nothing_hidden(code: Any) -> None:
+    env = code(turns=3)
+    env.reset(options={"task_id": "task-3"})
+    (told,), reward, terminated, *_ = env.step(program("return x"))
+    assert (reward, terminated) == (0.0, False)
+    assert told.role == "user"
+    assert "add(1) gave 1, expected 4" in told.content
+    (told,), *_ = env.step(program("raise ValueError(x)"))
+    assert "raised ValueError" in told.content
+    assert env.step(program("return x + 3"))[1:4] == (1.0, True, False)
+    assert not {"70000", "-800", "70003"} & set(str(env.messages).replace(",", " ").split())
+
+
+def test_public_tests_that_pass_end_the_episode_whatever_the_hidden_say(code: Any) -> None:
+    env = code(turns=3)
+    env.reset(options={"task_id": "task-3"})
+    assert env.step(program("return 4"))[1:3] == (0.0, True)
+    env = code(turns=3, feedback="verdict")
+    env.reset(options={"task_id": "task-3"})
+    (told,), _, terminated, *_ = env.step(program("return 4"))
+    assert (terminated, "a hidden one failed" in told.content, "70" in told.content) == (False, True, False)
+
+
+def test_a_program_that_prints_its_arguments_shows_no_hidden_ones(code: Any) -> None:
+    env = code(turns=2)
+    env.reset(options={"task_id": "task-3"})
+    (told,), *_ = env.step(program("raise ValueError(repr(x))"))
+    assert "70000" not in told.content
+
+
+def test_the_last_turn_is_scored(code: Any) -> None:
+    env = code(turns=2)
+    env.reset(options={"task_id": "task-3"})
+    assert env.step(program("return x"))[2] is False
+    assert env.step(program("return x"))[1:4] == (0.0, True, False)
+
+
+def test_the_prompt_shows_the_public_test_only(code: Any) -> None:
+    env = code()
+    opening, info = env.reset(options={"task_id": "task-3"})
+    assert "add(1) == 4" in opening[0].content
+    assert "70000" not in str((opening, info))
+
+
+def test_a_lost_sandbox_is_the_worlds_fault_and_no_score(code: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trusting.Losing, "loses", staticmethod(lambda number: True))
+    env = code(sandbox="trusting:Losing")
+    env.reset(options={"task_id": "task-3"})
+    with pytest.raises(SandboxLost) as raised:
+        env.step(program("return x + 3"))
+    assert raised.value.boundary == "sandbox"
+
+
+def test_the_bundled_suite_has_two_disjoint_splits_with_gold() -> None:
+    env = agentrl.make("code", **FAKE)
+    tasks = {split: env.task_list(split) for split in env.splits}
+    sizes = [len(list(tasks[split])) for split in ("train", "test")]
+    assert sum(sizes) >= 95
+    assert 0.1 < sizes[1] / sum(sizes) < 0.35
+    texts = {split: {task.meta["content_hash"] for task in tasks[split]} for split in tasks}
+    assert not texts["train"] & texts["test"]
+    for split in env.splits:
+        env.reset(options={"split": split, "index": 0})
+        assert env.step(*env.gold(env.task))[1] == 1.0
+
+
+def test_every_task_is_the_same_every_time(code: Any) -> None:
+    one, other = code(), code(limit=1)
+    assert one.find_task("task-5").id == "task-5"
+    assert [task.id for task in other.task_list("train")] == ["task-3"]
+    assert one.task_list("train")[:5] == code().task_list("train")[:5]
+
+
+def test_a_benchmarks_file_is_its_test_split_and_mbpp_has_its_own(tmp_path: Path) -> None:
+    humaneval = {
+        "task_id": "HumanEval/0",
+        "entry_point": "one",
+        "prompt": 'def one():\n    """One."""\n',
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(humaneval))
+    mbpp = [
+        {"task_id": n, "text": f"{n}?", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}
+        for n in (1, 11, 510, 511, 601)
+    ]
+    (tmp_path / "mbpp.json").write_text(json.dumps(mbpp))
+    env = agentrl.make("code", dataset=str(tmp_path / "HumanEval.jsonl.gz"), **FAKE)
+    assert env.splits == ("test",)
+    env.reset(options={"split": "test", "index": 0})
+    assert env.step(*env.gold(env.task))[1] == 1.0
+    env = agentrl.make("code", dataset=str(tmp_path / "mbpp.json"), **FAKE)
+    assert [task.id for task in env.task_list("test")] == ["Mbpp/11", "Mbpp/510"]
+    assert len(env.task_list("train")) == 3
+
+
+def test_what_plus_versions_expect_is_what_their_reference_gives(tmp_path: Path) -> None:
+    row = {
+        "task_id": "Mbpp/2",
+        "prompt": '"""\nPair them.\nassert pair((1,), (2,)) == (1, 2)\n"""\n',
+        "entry_point": "pair",
+        "canonical_solution": "def pair(a, b):\n    print('noise')\n    return a + b\n",
+        "base_input": [[[1], [2]]],
+        "plus_input": [[[1.5], []], [["a"], [[2]]], [3, [1]]],
+        "atol": 0,
+        "assertion": "assert pair((1,), (2,)) == (1, 2)",
+    }
+    (tmp_path / "plus.jsonl").write_text(json.dumps(row))
+    env = agentrl.make("code", dataset=str(tmp_path / "plus.jsonl"), **FAKE)
+    (task,) = env.task_list("test")[:1]
+    values = [test["expected"] for test in task.truth["problem"]["tests"]]
+    assert values == [{"tuple": [1, 2]}, {"tuple": [1.5]}, {"tuple": ["a", [2]]}]  # of 3 + (1,) there is none
+    env.reset(options={"split": "test", "index": 0})
+    assert env.step(*env.gold(env.task))[1] == 1.0
+    broken = {**row, "canonical_solution": "def pair(a, b):\n    return 1 / 0\n"}
+    (tmp_path / "plus.jsonl").write_text(json.dumps(broken))
+    with pytest.raises(BadData, match="plus.jsonl:1: the reference gives plain data for none"):
+        agentrl.make("code", dataset=str(tmp_path / "plus.jsonl"), limit=1, **FAKE).task_list("test")[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"turns": 0}, "turns=0"),
+        ({"prompt": "?"}, "{statement}"),
+        ({"columns": {"test": "x"}}, "'test'; did you mean 'tests'"),
+        ({"dataset": "basics", "splits": {"train": "x"}}, "has its own splits"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(code: Any, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadConfig, match=said):
+        code(**settings)
+
+
+def test_a_program_with_a_fence_in_it_is_fenced_longer(code: Any) -> None:
+    env = code()
+    (message,) = env.as_submission(None, 'x = """\n```\n"""\n')
+    assert message.content.startswith("````python\n")
+    assert message.content.endswith("\n````")
+
+
+def test_two_rows_of_one_id_and_a_task_without_solution_are_refused(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({key: row[key] for key in row if key != "solution"} | {"id": "x"}) for row in ROWS[:2]
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    with pytest.raises(BadData, match="two rows have the id 'x'"):
+        agentrl.make("code", dataset=str(tmp_path), **FAKE).task_list("train")
+    (tmp_path / "train.jsonl").write_text(lines[0])
+    env = agentrl.make("code", dataset=str(tmp_path), limit=5, **FAKE)
+    with pytest.raises(UserError, match="has no solution"):
+        env.gold(env.task_list("train")[0])
+
+
+def test_gymnasium_makes_it_and_vectors_of_it(rows: Path) -> None:
+    settings = {"dataset": str(rows), **FAKE}
+    assert gymnasium.make("agentrl/Code-v0", **settings).reset(seed=1)[1]["task_id"]
+    envs = SyncVectorEnv([lambda: agentrl.make("code", **settings)] * 2)
+    envs.reset(seed=[1, 1])
+    _, rewards, *_ = envs.step((program("return 4"),) * 2)
+    assert rewards.tolist() == [0.0, 0.0]
+    envs.close()
+
+
+@pytest.fixture
+def hardened() -> str:
+    survey = make_sandbox("bubblewrap").survey()
+    if survey.missing or not survey.available:
+        pytest.skip(survey.note or str(survey.missing))
+    return "bubblewrap"
+
+
+@pytest.mark.bwrap
+@pytest.mark.parametrize("turns", [1, 2])
+def test_it_passes_the_shared_checks_attacks_included(code: Any, hardened: str, turns: int) -> None:
+    report = agentrl.check(code(sandbox=hardened, turns=turns, cpu_s=3.0), episodes=2, endurance=20)
+    assert report.ok, str(report)
+    assert "attacks" in next(row.detail for row in report.rows if row.name.startswith("attacks on"))
+
+
+@pytest.mark.bwrap
+def test_exit_codes_as_verdicts_are_found_out_by_the_attacks(code: Any, hardened: str) -> None:
+    from agentrl.cheating import attacks_on_its_verdict_score_no_more_than_wrong_answers as check
+    from agentrl.probes import Subject, Unsound
+
+    backend = make_sandbox(hardened)
+
+    def exit_code(evidence: Any) -> float:
+        source = evidence.answer.partition("python\n")[2].rstrip("`\n")
+        tests = "\n".join(f"assert add({n}) == {n + 3}" for n in (1, 70_000))
+        sandbox = backend.open(replace(Limits(), wall_s=5.0))
+        try:
+            text = f"{source}\n{tests}\n".encode(errors="replace")
+            return float(sandbox.run(["python3", "it.py"], files={"it.py": text}).status == "ok")
+        finally:
+            sandbox.close()
+
+    env = code(reward=exit_code, limit=1)
+    env.reset(options={"task_id": "task-3"})
+    assert env.step(program("return x + 3"))[1] == 1.0
+    with pytest.raises(Unsound, match="the attack 'leave-os-exit' .* scores 1, a wrong answer 0"):
+        check(Subject(env, episodes=1, endurance=10))
+    backend.close()
