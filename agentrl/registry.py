@@ -61,6 +61,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "numeric": "agentrl.rewards.numeric:Numeric",
     },
     "sandbox": {
+        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "process": "agentrl.sandboxes.process:Process",
         "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
