@@ -26,26 +26,21 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "types errors seeds files stop_signal allocator stopwatch",
         "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
         "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
-        "rows questions interpreter interpreter_process session_env backends codedata evalplus "
-        "reference_process workspaces cheating "
-        "judge judging judge_line judge_record verdicts plain comparing solution_process "
-        "assertion_process workspace_judging grading_process "
-        "container_process container_link container_meter container_engine container_pool "
-        "attack attacks attack_clocks attack_files attack_isolation attack_network attack_outputs attack_probe "
-        "attack_exits attack_values attack_privileges attack_processes attack_resources attack_verdicts attack_graders attack_targets "
-        "bait stage backend_contract scenarios verdict_trials selfcheck doctor "
-        "owners cgroups seccomp "
-        "owners cgroups seccomp workdirs bwrap "
+        "assertion_process attack attack_clocks attack_exits attack_files attack_graders attack_isolation "
+        "attack_network attack_outputs attack_privileges attack_probe attack_processes attack_resources "
+        "attack_targets attack_values attack_verdicts attacks backend_contract backends bait bwrap cgroups "
+        "cheating codedata comparing container_engine container_link container_meter container_pool "
+        "container_process doctor evalplus grading_process interpreter interpreter_process judge judge_line "
+        "judge_record judging owners plain questions reference_process rows sandbox_cli scenarios seccomp "
+        "selfcheck session_env solution_process stage verdict_trials verdicts workdirs workspace_judging "
+        "workspaces zygote_handle zygote_process zygote_python "
         "config configfile modelfiles workers worker_handle worker_process threads",
-        "owners cgroups seccomp bwrap workdirs "
-        "config configfile modelfiles workers worker_handle worker_process threads "
-        "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",
         "engines learner checkpoint resume warm_start log tiny show export",
         "training trainer canary bench evaluation heldout prepare preflight serving",
-        "cli sandbox_cli __main__",
+        "cli __main__",
     )
 )
 _LIGHT = 2  # the highest floor that must load neither torch nor transformers

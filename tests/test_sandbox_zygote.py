@@ -496,8 +496,9 @@ sandbox.run(["sh", "-c", "setsid sleep 21098 & echo; sleep 21098"], stdin=talk)
         assert time.monotonic() < until
         time.sleep(0.05)
     backend = make_sandbox("zygote")
-    assert backend.sweep() >= 1
-    assert backend.sweep() == 0
+    backend.sweep()  # or a backend of another process has done it
+    left = [path for folder in find().folders.values() for path in folder.glob(f"agentrl-*-{host.pid}-*")]
+    assert not left
 
 
 def test_many_runs_from_many_threads_leave_everything_flat(backend: Backend) -> None:
