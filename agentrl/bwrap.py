@@ -31,8 +31,8 @@ UID = 65534  # inside, of user and group; outside it is another
 SPARE_PIDS = 2  # bubblewrap and the shell that is pid 1
 _FILES = 1024  # open at once, by a process
 _PATIENCE_S = 20.0  # for bubblewrap to begin, or to be dead
-# exec, for no name to mean a builtin of the shell; a subshell, for pid 1 to stay and collect the dead; its own
-# stderr elsewhere, since it would tell there of signals.
+# exec, for no name to mean a builtin of the shell; a subshell, for pid 1 to stay and collect the dead; the
+# shell's own stderr elsewhere, since it would tell there of signals.
 _PID_1 = (
     'ulimit -n {files}; ulimit -c 0; unset PWD; exec 3>&2 2>/dev/null; (exec 2>&3 3>&-; exec "$@"); exit $?'
 )

@@ -167,8 +167,8 @@ class Judge:
         return replace(judgement, queue_ms=judgement.queue_ms + waited_s * 1000)
 
     def _proved(self, work: Callable[[Callable[[Limits], Sandbox]], Judgement]) -> Judgement:
-        """What ``work`` gives, in a world where a known-good program is accepted: at first, and after one that
-        went over its time, as all do where a machine hangs. Raises SandboxLost."""
+        """What ``work`` gives where a known-good program is accepted: at first, and after one that went over
+        its time, as all do where a machine hangs. Raises SandboxLost."""
         with self._proving:
             if not self._is_proved:
                 self._prove()

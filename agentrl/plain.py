@@ -2,9 +2,10 @@
 
 Covered: None, bool, int of any size, float (nan, infinities, -0.0), complex, str (lone surrogates too),
 bytes, list, tuple, dict with any plain keys in their order, set and frozenset, by their exact builtin types;
-the dicts of ``collections`` become dicts. JSON's null, booleans, strings, small integers, finite floats and arrays stand for themselves; the rest is an
-object with one key, its type: ``{"tuple": [1, 2]}``, ``{"dict": [[key, value], ...]}``, ``{"float": "nan"}``,
-``{"int": "0x..."}``, ``{"bytes": hex}``, ``{"complex": [real, imaginary]}``, ``{"set": [...]}``.
+the dicts of ``collections`` become dicts. JSON's null, booleans, strings, small integers, finite floats and
+arrays stand for themselves; the rest is an object with one key, its type: ``{"tuple": [1, 2]}``,
+``{"dict": [[key, value], ...]}``, ``{"float": "nan"}``, ``{"int": "0x..."}``, ``{"bytes": hex}``,
+``{"complex": [real, imaginary]}``, ``{"set": [...]}``.
 
 Nothing is pickled or evaluated. Standard library only and Python 3.8: its source also runs inside sandboxes.
 What comes from one is checked by ``agentrl.comparing`` first.

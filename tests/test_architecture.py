@@ -28,7 +28,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
         "judge judging judge_line judge_record verdicts plain comparing solution_process "
         "assertion_process workspace_judging grading_process "
-        "owners cgroups seccomp bwrap workdirs "
+        "owners cgroups seccomp workdirs bwrap "
         "config configfile modelfiles workers worker_handle worker_process threads "
         "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
