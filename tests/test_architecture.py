@@ -36,6 +36,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "attack_targets attack_values attack_verdicts bait stage backend_contract scenarios verdict_trials selfcheck "
         "doctor "
         "owners cgroups seccomp workdirs bwrap zygote_handle zygote_process zygote_python "
+        "owners cgroups seccomp workdirs bwrap bwrap_process "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
