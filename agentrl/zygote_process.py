@@ -27,6 +27,7 @@ import stat
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 __all__ = ["Run", "live"]
@@ -149,11 +150,18 @@ def _begin(packages: Sequence[str]) -> None:
 
 
 def _enter_user_namespace() -> None:
+    """Be a process in namespaces that are our own: only there may a pid namespace be returned to."""
     uid, gid = os.geteuid(), os.getegid()
-    _check(_libc.unshare(_NEW_USER), "unshare the user namespace")
+    _check(_libc.unshare(_NEW_USER | _NEW_PID), "unshare the user and pid namespaces")
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{_ONLY_UID} {uid} 1")
     _write("/proc/self/gid_map", f"{_ONLY_UID} {gid} 1")
+    if os.fork():
+        os.closerange(0, 1 << 20)
+        with suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+        os._exit(0)
+    _prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 def _build_root(packages: Sequence[str]) -> None:
@@ -289,7 +297,8 @@ def _open_session(request: dict[str, Any]) -> int:
     os.mkdir(place)
     _mount("tmpfs", place, kind="tmpfs", flags=_NOSUID | _NODEV, data=f"mode=755,{request['options']}")
     os.mkdir(f"{place}/work")
-    os.chown(f"{place}/work", request["uid"], request["uid"])
+    if os.geteuid() != _ONLY_UID:
+        os.chown(f"{place}/work", request["uid"], request["uid"])
     return os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
@@ -341,7 +350,9 @@ def _fail(run: Run, error: OSError) -> NoReturn:
 def _prepare(run: Run) -> None:
     """Namespaces, and in them what a run has of its own."""
     _check(_libc.unshare(_NEW_NS | _NEW_IPC | _NEW_UTS | _NEW_NET), "unshare")
+    _prctl(_SET_DUMPABLE, 1)  # else its own files in /proc are root's
     _write("proc/self/oom_score_adj", "1000")
+    _prctl(_SET_DUMPABLE, 0)
     _mount("proc", "/proc", kind="proc", flags=_NOSUID | _NODEV | _NOEXEC | _RDONLY)
     _mount("tmpfs", "/tmp", kind="tmpfs", flags=_NOSUID | _NODEV, data=f"mode=1777,{run.temporary}")
     _mount("tmpfs", "/dev", kind="tmpfs", flags=_NOSUID | _NOEXEC, data=f"mode=755,{run.temporary}")

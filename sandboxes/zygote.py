@@ -10,11 +10,9 @@ runs of one zygote share. Linux only.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
-import platform
 import random
 import select
 import signal
@@ -23,9 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from agentrl.beneath import read_beneath, write_beneath
 from agentrl.cgroups import Group, Hierarchy, find
@@ -40,8 +39,7 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.seccomp import deny_list
-from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings
+from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings, telltale_filter
 
 __all__ = ["PRELOAD", "Zygote"]
 
@@ -69,15 +67,27 @@ _CROWD = 2  # sessions of each zygote before another one is started
 _FIRST_UID, _UIDS = 1 << 20, 1 << 30
 _SPARE_PIDS = 1  # the init
 _ENDS = "no signal from within reaches its init, with which the kernel ends them all"
-# fcntl, flock, inotify_init (where there is one) and inotify_init1, from the kernel's tables.
-_TELLTALE = {"x86_64": (72, 73, 253, 294), "aarch64": (25, 32, 26)}
-_TELLTALE_COMMANDS = (5, 36, 37, 38, 1026)  # of fcntl: F_GETLK, F_OFD_*, which /proc/locks shows, F_NOTIFY
+_NAMESPACES = {"mnt": "files", "ipc": "processes", "uts": "processes", "net": "network", "pid": "survivors"}
+_PROBE = """
+import json, os
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+rights = {name: int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+rights |= {name: int(status[name]) for name in ("NoNewPrivs", "Seccomp")} | {"root": os.getuid() == 0}
+links = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "ipc", "uts", "net", "pid")}
+print(json.dumps({"rights": rights, "namespaces": links}))
+"""
+_NO_RIGHTS = {
+    **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0),
+    "NoNewPrivs": 1,
+    "Seccomp": 2,
+    "root": False,
+}
 _MEANS = {
     "wall_s": "SIGKILL to the init of the pid namespace, from outside",
     "output_kib": "counted as it is read",
     "disk_mib": "sized tmpfs",
     "files": "mount namespace, pivot_root and chroot: /usr and the interpreter, read-only",
-    "processes": "pid and ipc namespaces, another uid",
+    "processes": "pid and ipc namespaces; as root, a uid of the session's own",
     "privileges": "an unprivileged uid, no capabilities, no_new_privs, seccomp",
     "network": "net namespace with a loopback of its own",
     "environment": "made anew; the zygote is started without one",
@@ -104,7 +114,7 @@ class Zygote:
         recycle: int = 2000,
     ) -> None:
         self._settings = ZygoteSettings(
-            preload=tuple(preload), packages=tuple(map(str, packages)), seccomp=_filter()
+            preload=tuple(preload), packages=tuple(map(str, packages)), seccomp=telltale_filter()
         )
         self._most = zygotes or max(1, (os.cpu_count() or 1) // 2)
         self._recycle = recycle
@@ -170,20 +180,48 @@ class Zygote:
         try:
             self._hierarchy = find()
             self._hierarchy.sweep()
-            self._choose()
+            failed = self._probe(self._hierarchy)
         except (OSError, SandboxLost) as error:
             return Survey(available=False, note=str(error))
-        enforced = {**_MEANS, **self._hierarchy.enforced}
-        missing = dict(self._hierarchy.missing)
-        if not self._settings.seccomp:
-            del enforced["privileges"]
-            missing["privileges"] = f"no seccomp filter is known for {platform.machine()}: use docker"
+        means = {**_MEANS, **self._hierarchy.enforced}
+        enforced = {what: how for what, how in means.items() if what not in failed}
+        missing = {**self._hierarchy.missing, **failed}
         return Survey(
             available=True,
             enforced=enforced,
             missing=missing,
             note="as root" if os.geteuid() == 0 else "in a user namespace",
         )
+
+    def _probe(self, hierarchy: Hierarchy) -> dict[str, str]:
+        """What a run finds not to be as it should, by guarantee. Raises SandboxLost where there is no run."""
+        not_limited: dict[str, Any] = dict.fromkeys(hierarchy.missing)
+        limits = replace(Limits(), **not_limited)
+        session = _Session(
+            limits,
+            zygote=self._choose(),
+            number=next(self._numbers),
+            hierarchy=hierarchy,
+            on_close=lambda session: None,
+        )
+        try:
+            result = session.run(["python3", "-I", "-c", _PROBE])
+        finally:
+            session.close()
+        if result.status != "ok":
+            raise SandboxLost(
+                f"a first run ended as {result.status}: {result.stderr.decode(errors='replace')}"
+            )
+        seen = json.loads(result.stdout)
+        ours = {name: os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES}
+        failed = {
+            promise: f"a run shares the host's {name} namespace: run as root or allow user namespaces"
+            for name, promise in _NAMESPACES.items()
+            if seen["namespaces"][name] == ours[name]
+        }
+        if seen["rights"] != _NO_RIGHTS:
+            failed["privileges"] = f"a run has more than none: {seen['rights']}; use docker"
+        return failed
 
     def _choose(self) -> ZygoteHandle:
         """The one with the fewest sessions, where none may be started."""
@@ -378,26 +416,6 @@ class _Run:
             signal.pidfd_send_signal(self._init, signal.SIGKILL)
         if not select.select([self._init], [], [], _KILL_S)[0]:
             raise SandboxLost("the processes of a sandbox can't be killed: the kernel holds them")
-
-
-def _filter() -> bytes:
-    """The filter for untrusted code, and before it what runs could tell one another through files of all.
-
-    A lock on a file of /usr that another run can see, or notice of its being read. b"" where the machine's
-    system calls aren't known.
-    """
-    known = deny_list()
-    if known is None or platform.machine() not in _TELLTALE:
-        return b""
-    refuse = (0x06, 0, 0, 0x00050000 | errno.ENOLCK)
-    fcntl, *calls = _TELLTALE[platform.machine()]
-    program = [(0x20, 0, 0, 0)]  # load the number
-    for number in calls:
-        program += [(0x15, 0, 1, number), refuse]
-    program += [(0x15, 0, 2 * len(_TELLTALE_COMMANDS) + 1, fcntl), (0x20, 0, 0, 24)]  # its second argument
-    for command in _TELLTALE_COMMANDS:
-        program += [(0x15, 0, 1, command), refuse]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program) + known
 
 
 def _open_entry(path: Path) -> int:

@@ -37,6 +37,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "doctor "
         "owners cgroups seccomp workdirs bwrap zygote_handle zygote_process zygote_python "
         "owners cgroups seccomp workdirs bwrap bwrap_process "
+        "owners cgroups seccomp workdirs bwrap zygote_handle zygote_process zygote_python "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
