@@ -33,11 +33,9 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "container_process container_link container_meter container_engine container_pool "
         "attack attacks attack_clocks attack_exits attack_files attack_graders attack_isolation "
         "attack_network attack_outputs attack_privileges attack_probe attack_processes attack_resources "
-        "attack_targets attack_values attack_verdicts bait stage backend_contract scenarios verdict_trials selfcheck "
-        "doctor "
-        "owners cgroups seccomp workdirs bwrap zygote_handle zygote_process zygote_python "
-        "owners cgroups seccomp workdirs bwrap bwrap_process "
-        "owners cgroups seccomp workdirs bwrap zygote_handle zygote_process zygote_python "
+        "attack_targets attack_values attack_verdicts bait stage backend_contract scenarios verdict_trials "
+        "selfcheck doctor owners cgroups seccomp workdirs bwrap bwrap_process "
+        "zygote_handle zygote_process zygote_python "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "

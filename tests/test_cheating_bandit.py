@@ -7,7 +7,7 @@ judge is how rewards of code are often made: solution and tests in one process, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -37,12 +37,14 @@ Judging = Callable[[Sequence[str]], list[float]]
 
 
 @pytest.fixture(scope="module")
-def backend() -> Backend:
+def backend() -> Iterator[Backend]:
     names = [name for name in ("zygote", "bubblewrap", "docker") if survey_all()[name].available]
     if not names:
         assert not {"bwrap", "docker"} & {*os.environ.get("AGENTRL_REQUIRE", "").split(",")}
         pytest.skip("no backend for untrusted code is available")
-    return strongest(_LIMITS)
+    strong = strongest(_LIMITS)
+    yield strong
+    strong.close()
 
 
 def _learn(judge: Judging, *, seed: int) -> list[float]:
@@ -68,7 +70,7 @@ def test_our_judge_leaves_nothing_to_learn(backend: Backend) -> None:
 
     def rewards(answers: Sequence[str]) -> list[float]:
         judgements = judge.judge_all(answers, _IMPOSSIBLE)
-        assert all(judgement.fault == "policy" for judgement in judgements)
+        assert [judgement.note for judgement in judgements if judgement.fault != "policy"] == []
         assert not any(judgement.fraction == 1 for judgement in judgements)
         return [float(judgement.verdict == "AC") for judgement in judgements]
 
