@@ -167,8 +167,8 @@ class Judge:
         return replace(judgement, queue_ms=judgement.queue_ms + waited_s * 1000)
 
     def _proved(self, work: Callable[[Callable[[Limits], Sandbox]], Judgement]) -> Judgement:
-        """What ``work`` gives, in a world where a known-good program is accepted: at first, and after one that
-        went over its time, as all do on a machine that stands still. Raises SandboxLost."""
+        """What ``work`` gives where a known-good program is accepted: at first, and after one that went over
+        its time, as all do where a machine hangs. Raises SandboxLost."""
         with self._proving:
             if not self._is_proved:
                 self._prove()
@@ -182,8 +182,8 @@ class Judge:
         good = judge_once(_GOOD, _PROBE, open_sandbox=self._backend.open, limits=self.limits, stop_early=True)
         if good.verdict != "AC":
             raise SandboxLost(
-                f"a known-good program got {good.verdict} in the sandbox {self._backend.name!r}: {good.note}; the "
-                "machine is overloaded, the limits are too low for Python, or there is no python3"
+                f"a known-good program got {good.verdict} in the sandbox {self._backend.name!r}: "
+                f"{good.note}; the machine is overloaded, the limits are too low, or there is no python3"
             )
 
 

@@ -37,6 +37,11 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "selfcheck doctor owners cgroups seccomp workdirs bwrap bwrap_process "
         "zygote_handle zygote_process zygote_python "
         "config configfile modelfiles workers worker_handle worker_process threads",
+        "judge judging judge_line judge_record verdicts plain comparing solution_process "
+        "assertion_process workspace_judging grading_process "
+        "owners cgroups seccomp workdirs bwrap "
+        "config configfile modelfiles workers worker_handle worker_process threads "
+        "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",
