@@ -8,6 +8,7 @@ filter too: whoever runs with the same uid may write its memory.
 from __future__ import annotations
 
 import array
+import functools
 import json
 import os
 import select
@@ -116,12 +117,13 @@ class View:
 
     etc: Path
     work: Path
-    folders: Sequence[str]  # of the host, read-only, beside /usr
+    folders: tuple[str, ...]  # of the host, read-only, beside /usr
     path: str
     size_mib: float | None  # of /tmp and of /dev/shm
     network: bool
 
 
+@functools.lru_cache(maxsize=1024)
 def _arguments(programs: Programs, view: View, *, is_filtered: bool) -> bytes:
     sized = [] if view.size_mib is None else ["--size", str(max(int(view.size_mib * 2**20), 4096))]
     environment = {"PATH": view.path, "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}

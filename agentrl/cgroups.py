@@ -83,7 +83,9 @@ class Group:
         self._version = version
         self._layout = _LAYOUTS.get(version)
         self._before: dict[_Count, int] = {}  # when the run began
-        self._peak: int | None = None  # a descriptor; v2 resets per descriptor
+        self._open: dict[
+            tuple[str, str], int
+        ] = {}  # by controller and file; v2's peak is reset by descriptor
 
     @property
     def procs(self) -> tuple[Path, ...]:
@@ -131,10 +133,7 @@ class Group:
         for count in (self._layout.cpu, self._layout.oom_kills, self._layout.pids_hit):
             self._before[count] = self._read(count)
         with suppress(OSError):  # before 6.12, v2 can't; the peak is then of all runs
-            if self._peak is None:
-                peak = self._layout.peak
-                self._peak = os.open(self._folders[peak.controller] / peak.file, os.O_RDWR | os.O_CLOEXEC)
-            os.pwrite(self._peak, b"0", 0)
+            os.pwrite(self._descriptor(self._layout.peak.controller, self._layout.peak.file), b"0", 0)
 
     def cpu_s(self) -> float:
         """CPU seconds of all processes since ``begin``."""
@@ -150,16 +149,14 @@ class Group:
 
     def peak_bytes(self) -> int:
         """Most memory at once since ``begin``, files in memory included; 0 where it can't be read."""
-        if self._peak is not None:
-            return int(os.pread(self._peak, 64, 0) or b"0")
         return self._read(self._layout.peak) if self._layout else 0
 
     def pids(self) -> list[int]:
         """Of the processes inside that have not ended."""
         for controller in ("unified", "freezer", "pids", "memory", "cpuacct"):
             if controller in self._folders:
-                with suppress(FileNotFoundError):
-                    listed = _words(self._folders[controller] / "cgroup.procs")
+                with suppress(OSError):  # it is removed
+                    listed = self._content(controller, "cgroup.procs").split()
                     return [int(pid) for pid in listed if is_running(int(pid))]
         return []
 
@@ -182,9 +179,8 @@ class Group:
 
     def remove(self) -> bool:
         """Remove an empty group; whether it is gone. Idempotent."""
-        if self._peak is not None:
-            os.close(self._peak)
-            self._peak = None
+        while self._open:
+            os.close(self._open.popitem()[1])
         gone = [_remove(folder) for folder in self._folders.values()]
         return all(gone)
 
@@ -226,12 +222,30 @@ class Group:
         if count.controller not in self._folders:
             return 0
         try:
-            words = _words(self._folders[count.controller] / count.file)
-        except FileNotFoundError:
+            words = self._content(count.controller, count.file).split()
+        except OSError:  # an older kernel has none, or the group is removed
             return 0
         if count.word:
-            words = words[words.index(count.word) + 1 :] if count.word in words else ["0"]
+            word = count.word.encode()
+            words = words[words.index(word) + 1 :] if word in words else [b"0"]
         return int(words[0])
+
+    def _content(self, controller: str, file: str) -> bytes:
+        """Of one of its files, which stays open: they are read often. Raises OSError."""
+        descriptor = self._descriptor(controller, file)
+        data = b""
+        while more := os.pread(descriptor, 1 << 16, len(data)):
+            data += more
+        return data
+
+    def _descriptor(self, controller: str, file: str) -> int:
+        if (controller, file) not in self._open:
+            path = self._folders[controller] / file
+            with suppress(PermissionError):
+                self._open[controller, file] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                return self._open[controller, file]
+            self._open[controller, file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[controller, file]
 
 
 @dataclass(frozen=True, slots=True)
