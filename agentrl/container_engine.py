@@ -83,6 +83,7 @@ class Engine:
         self._patience_s = patience_s
         self._opened: Any = None
         self._opening = threading.Lock()
+        self._unsure: set[str] = set()  # names of containers that may be there
         self._me = f"{_boot()}:{os.getpid()}:{_start_of(os.getpid())}"
         self._name = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
@@ -115,11 +116,20 @@ class Engine:
         """A container that waits for its first command. Raises SandboxLost and BadConfig."""
         name = f"agentrl-{self._name}-{next(_numbers)}"
         try:
-            return self._create(name, shape)
+            container = self._create(name, shape)
         except BaseException:
+            self._unsure.add(name)
+            self._remove_unsure()
+            raise
+        self._remove_unsure()
+        return container
+
+    def _remove_unsure(self) -> None:
+        """Remove what the engine may have made although it did not say so, as soon as it answers again."""
+        for name in list(self._unsure):
             with contextlib.suppress(SandboxLost):
                 self.remove(name)
-            raise
+                self._unsure.discard(name)
 
     def _create(self, name: str, shape: Shape) -> Container:
         with self._world("make a container"):

@@ -279,6 +279,8 @@ class _Session:
                 conversation.finish()
                 if not conversation.is_dead:
                     death = self._put_down(container, is_silent=conversation.lost is None)
+        if death == "outside" and not conversation.began:
+            raise SandboxLost(f"the container was lost before the command began: {conversation.lost}")
         try:
             after = container.meter.usage() if death is None else before
         except SandboxLost:
