@@ -30,8 +30,8 @@ _TAG = re.compile("|".join(map(re.escape, _SPECIAL + _TAGS)))
 # What the template writes around every text, so that the merges cover it too.
 _SCAFFOLD = ("system\n", "user\n", "assistant\n", "tool\n", '{"name": "', '", "arguments": {"', '"}}', '": ')
 
-# Copying a number means telling one position of a few dozen from the next. The usual 10,000 spreads most
-# of the rotations over contexts that no conversation here has, and learning to copy then takes twice the steps.
+# Copying a number means telling one position of a few dozen from the next. The usual 10,000 spreads most of
+# the rotations over contexts that no conversation here has, and learning to copy then takes twice the steps.
 _ROPE_THETA = 100.0
 
 _CHAT_TEMPLATE = """\
