@@ -61,6 +61,7 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "numeric": "agentrl.rewards.numeric:Numeric",
     },
     "sandbox": {
+        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
         "docker": "agentrl.sandboxes.docker:Docker",
         "process": "agentrl.sandboxes.process:Process",
     },

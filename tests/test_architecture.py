@@ -27,6 +27,7 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
         "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
         "container_process container_link container_meter container_engine container_pool "
+        "owners cgroups seccomp workdirs bwrap bwrap_process "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
