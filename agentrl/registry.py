@@ -65,8 +65,8 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
         "unit_tests": "agentrl.rewards.unit_tests:UnitTests",
     },
     "sandbox": {
-        "docker": "agentrl.sandboxes.docker:Docker",
         "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
+        "docker": "agentrl.sandboxes.docker:Docker",
         "process": "agentrl.sandboxes.process:Process",
         "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
