@@ -37,6 +37,8 @@ _EQUIVALENT_MUTANTS: Mapping[str, str] = {
     "HumanEval/116": "all binary numbers without their first digit have the same order by their ones",
     "HumanEval/127": "a composite length is taken for prime, and no test has intervals that share one",
 }
+# Some inputs of these have results of millions of parts (combinations of 4 or 5 colours, 77 of them).
+_SPRAWLING = frozenset({"Mbpp/255"})
 # Tests that look at whether an object is true, a match of a regular expression: beside the solution only.
 _NEED_OBJECTS = frozenset({737, 787, 794})
 
@@ -130,6 +132,7 @@ def _mutate(node: ast.AST) -> bool:
     return True
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_all_references_of_sanitized_mbpp_are_accepted(judge: Judge) -> None:
     rows = json.loads((_DATA / "mbpp" / "sanitized-mbpp.json").read_text(encoding="utf-8"))
     submissions = []
@@ -156,6 +159,7 @@ def _called(test: str, code: str) -> str:
     )
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @pytest.mark.parametrize("path", ["HumanEvalPlus-v0.1.10.jsonl.gz", "MbppPlus-v0.2.0.jsonl.gz"])
 def test_all_references_of_evalplus_are_accepted(judge: Judge, path: str) -> None:
     submissions = []
@@ -168,6 +172,7 @@ def test_all_references_of_evalplus_are_accepted(judge: Judge, path: str) -> Non
         tests = tuple(
             CallTest(id=str(i), args=tuple(args), expected=value, tolerance=row["atol"])
             for i, (args, value) in enumerate(zip(inputs, expected, strict=True))
+            if row["task_id"] not in _SPRAWLING or len(value) < 10_000
         )
         submissions.append((row["task_id"], Problem(tests=tests, entry_point=row["entry_point"]), source))
     assert _wrong(judge, submissions) == {}
