@@ -291,6 +291,7 @@ def down():
     return [down() for _ in (1,)] and repr(Deep())
 down()
 """,
+        needs=("memory_mib",),
         statuses=("signal", "memory", "error", "cpu"),
         finishes=False,
     ),

@@ -255,7 +255,7 @@ done()
 import mmap
 from probe import *
 try:
-    mmap.mmap(-1, 1 << 40, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE, prot=0)
+    mmap.mmap(-1, 1 << 40, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, prot=0)
 except (OSError, ValueError) as error:
     broke(f"1 TiB could not be reserved: {error}")
 done()

@@ -83,6 +83,10 @@ def baited() -> Iterator[Bait]:
         bait = Bait(secret, home, 0, "agentrl-bait-" + secrets.token_hex(6))
         stop = threading.Event()
         servers = _servers(bait, stack)
+        # What this process adds to its environment is not seen in /proc; what a new one begins with is.
+        bystander = subprocess.Popen(["sleep", "86400"], env={**os.environ, "AGENTRL_BAIT": secret})
+        stack.callback(bystander.wait)
+        stack.callback(bystander.kill)
         threads = [
             threading.Thread(target=_serve, args=(server, bait, stop), name="bait") for server in servers
         ]

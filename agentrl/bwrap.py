@@ -1,41 +1,57 @@
 """Starting bubblewrap: its arguments, its process, and how what it says of its end is read.
 
-The launcher is started with an empty environment and waits for its arguments on a pipe, so that it is in its
-control group before it makes a process. Its pid 1 inside is a shell under the same system call filter as the
-code: bubblewrap's own has none, and whoever runs with its uid may write its memory.
+It is started by a small process (``agentrl.bwrap_process``) with an empty environment, and waits for its
+arguments on a pipe, so that it is in its control group before it makes a process. Its pid 1 inside is under a
+filter too: whoever runs with the same uid may write its memory.
 """
 
 from __future__ import annotations
 
+import array
+import functools
+import json
 import os
-import re
-import resource
 import select
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from agentrl.cgroups import Group
+from agentrl import bwrap_process
+from agentrl.bwrap_process import ARGUMENTS, FILTER, REPLY, REQUEST, STATUS
+from agentrl.cgroups import Group, Hierarchy, expose
 from agentrl.pump import Pipes
-from agentrl.sandbox import SandboxLost
+from agentrl.sandbox import Limits, SandboxLost
+from agentrl.seccomp import deny_list
 
-__all__ = ["SPARE_PIDS", "UID", "Launcher", "Programs", "Running", "View", "find_programs", "make_etc"]
+__all__ = [
+    "SPARE_PIDS",
+    "UID",
+    "Ended",
+    "Launcher",
+    "Programs",
+    "Running",
+    "View",
+    "find_programs",
+    "make_etc",
+]
 
 UID = 65534  # inside, of user and group; outside it is another
-SPARE_PIDS = 2  # bubblewrap and the shell that is pid 1
-_FILES = 1024  # open at once, by a process
+SPARE_PIDS = 2  # bubblewrap and pid 1
+_UNLIMITED = Limits(cpu_s=None, memory_mib=None, pids=None)
 _PATIENCE_S = 20.0  # for bubblewrap to begin, or to be dead
-# exec, for no name to mean a builtin of the shell; a subshell, for pid 1 to stay and collect the dead; its own
-# stderr elsewhere, since it would tell there of signals.
-_PID_1 = (
-    'ulimit -n {files}; ulimit -c 0; unset PWD; exec 3>&2 2>/dev/null; (exec 2>&3 3>&-; exec "$@"); exit $?'
-)
+# Where user namespaces can't be disabled inside, bubblewrap's own pid 1, which has the lesser filter, might
+# make one. A shell with the full filter is pid 1 then. exec, for no name to mean a builtin of the shell; a
+# subshell, for pid 1 to stay and collect the dead; its stderr elsewhere, since it would tell of signals.
+_SHELL = 'exec 3>&2 2>/dev/null; (exec 2>&3 3>&-; exec "$@"); exit $?'
 _PASSWD = f"root:x:0:0:root:/root:/bin/sh\nsandbox:x:{UID}:{UID}:sandbox:/work:/bin/sh\n"
 _GROUP = f"root:x:0:\nsandbox:x:{UID}:\n"
 _HOSTS = "127.0.0.1 localhost\n::1 localhost\n"
@@ -49,18 +65,15 @@ class Programs:
     """What is installed."""
 
     bwrap: str
-    setpriv: str  # "": not needed, we aren't root
     version: str
     can_disable_userns: bool
 
 
 def find_programs() -> Programs | str:
     """What is installed, or what to install."""
-    bwrap, setpriv = shutil.which("bwrap"), shutil.which("setpriv")
+    bwrap = shutil.which("bwrap")
     if bwrap is None:
         return "bubblewrap is not installed: apt install bubblewrap, or dnf install bubblewrap"
-    if os.geteuid() == 0 and setpriv is None:
-        return "setpriv is not installed, which drops root's uid: apt install util-linux"
     answers = [
         subprocess.run([bwrap, option], capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
         for option in ("--help", "--version")
@@ -69,7 +82,7 @@ def find_programs() -> Programs | str:
     for flag in ("--clearenv", "--size", "--perms", "--json-status-fd", "--as-pid-1"):
         if flag not in flags:
             return f"{version} has no {flag}: install bubblewrap 0.5 or newer"
-    return Programs(bwrap, (setpriv or "") if os.geteuid() == 0 else "", version, "--disable-userns" in flags)
+    return Programs(bwrap, version, "--disable-userns" in flags)
 
 
 def make_etc(folder: Path) -> None:
@@ -104,20 +117,21 @@ class View:
 
     etc: Path
     work: Path
-    folders: Sequence[str]  # of the host, read-only, beside /usr
+    folders: tuple[str, ...]  # of the host, read-only, beside /usr
     path: str
     size_mib: float | None  # of /tmp and of /dev/shm
     network: bool
 
 
-def _arguments(programs: Programs, view: View, *, filter_at: int | None, status_at: int) -> bytes:
+@functools.lru_cache(maxsize=1024)
+def _arguments(programs: Programs, view: View, *, is_filtered: bool) -> bytes:
     sized = [] if view.size_mib is None else ["--size", str(max(int(view.size_mib * 2**20), 4096))]
     environment = {"PATH": view.path, "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
     arguments = [
         *("--unshare-all", "--unshare-user", "--uid", str(UID), "--gid", str(UID)),
         *(["--share-net"] if view.network else []),
-        *(["--disable-userns"] if programs.can_disable_userns else []),
-        *("--hostname", "sandbox", "--cap-drop", "ALL", "--new-session", "--die-with-parent", "--as-pid-1"),
+        *(["--disable-userns"] if programs.can_disable_userns else ["--as-pid-1"]),
+        *("--hostname", "sandbox", "--cap-drop", "ALL", "--new-session", "--die-with-parent"),
         "--clearenv",
         *(word for name, value in environment.items() for word in ("--setenv", name, value)),
         *_system(view),
@@ -125,8 +139,8 @@ def _arguments(programs: Programs, view: View, *, filter_at: int | None, status_
         *("--perms", "1777", *sized, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
         *("--perms", "1777", *sized, "--tmpfs", "/tmp"),
         *("--bind", str(view.work), "/work", "--chdir", "/work", "--remount-ro", "/"),
-        *([] if filter_at is None else ["--seccomp", str(filter_at)]),
-        *("--json-status-fd", str(status_at)),
+        *(["--seccomp", str(FILTER)] if is_filtered else []),
+        *("--json-status-fd", str(STATUS)),
     ]
     return b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
 
@@ -147,39 +161,39 @@ def _system(view: View) -> list[str]:
     return binds
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of it."""
+
+    code: int | None  # of the command, in the shell's way; None: it did not end by itself, or never ran
+    own_code: int | None  # bubblewrap's, or minus the signal that killed it; None: what started it is gone
+    cpu_s: float
+    peak_bytes: int
+
+
 class Running:
     """One bubblewrap, from its start until it is waited for."""
 
-    def __init__(self, process: subprocess.Popen[bytes], pipes: Pipes, status: int) -> None:
-        self._process = process
+    def __init__(self, pid: int, pidfd: int, status: int, pipes: Pipes) -> None:
+        self.pid = pid
         self.pipes = pipes
+        self.exited = pidfd
         self._status = status
         self._said = b""
         self._pid_1: int | None = None  # a pidfd
-        self.exited = os.pidfd_open(process.pid)
-
-    @property
-    def pid(self) -> int:
-        """Of bubblewrap, outside."""
-        return self._process.pid
 
     def find_pid_1(self) -> None:
         """Wait until it has begun, so that ``kill`` can do without a group. Raises SandboxLost."""
         until = time.monotonic() + _PATIENCE_S
-        while b"\n" not in self._said:
-            if not select.select([self._status], [], [], max(until - time.monotonic(), 0))[0]:
-                raise SandboxLost("bubblewrap does not begin: the machine is too busy")
-            data = os.read(self._status, 4096)
-            if not data:
-                return
-            self._said += data
-        match = re.search(rb'"child-pid": (\d+)', self._said)
+        while b"\n" not in self._said and self._read(until):
+            continue
         with suppress(ProcessLookupError):
-            self._pid_1 = os.pidfd_open(int(match[1])) if match else None
+            pid = self._told().get("child-pid")
+            self._pid_1 = None if pid is None else os.pidfd_open(pid)
 
     def kill(self) -> None:
         """Kill pid 1 and with it all processes inside, and bubblewrap. Raises SandboxLost."""
-        with suppress(ProcessLookupError):  # not Popen's kill, which would wait for it
+        with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.exited, signal.SIGKILL)
         if self._pid_1 is None:
             return
@@ -189,85 +203,159 @@ class Running:
         if not select.select([self._pid_1], [], [], _PATIENCE_S)[0]:
             raise SandboxLost("processes of a sandbox can't be killed: the kernel holds them")
 
-    def wait(self) -> tuple[int | None, int, resource.struct_rusage]:
-        """The command's exit code, None if it never ran to its end; bubblewrap's own; what it used."""
-        _, wait_status, usage = os.wait4(self.pid, 0)
-        self._process.returncode = os.waitstatus_to_exitcode(wait_status)
-        os.set_blocking(self._status, False)
-        with suppress(BlockingIOError):
-            while data := os.read(self._status, 4096):
-                self._said += data
-        for descriptor in (self._status, self.exited, self._pid_1):
-            if descriptor is not None:
-                os.close(descriptor)
-        match = re.search(rb'"exit-code": (\d+)', self._said)
-        return (int(match[1]) if match else None), self._process.returncode, usage
+    def wait(self) -> Ended:
+        """What became of it, once it has ended. Raises SandboxLost."""
+        until = time.monotonic() + _PATIENCE_S
+        try:
+            while self._read(until):
+                continue
+        finally:
+            for descriptor in (self._status, self.exited, self._pid_1):
+                if descriptor is not None:
+                    os.close(descriptor)
+        told = self._told()
+        return Ended(
+            code=told.get("exit-code"),
+            own_code=told.get("own-code"),
+            cpu_s=told.get("cpu-s", 0.0),
+            peak_bytes=told.get("peak-bytes", 0),
+        )
+
+    def _read(self, until: float) -> bool:
+        """More of what is said of it; False at the end. Raises SandboxLost."""
+        if not select.select([self._status], [], [], max(until - time.monotonic(), 0))[0]:
+            raise SandboxLost("bubblewrap neither begins nor ends: the machine is too busy")
+        data = os.read(self._status, 4096)
+        self._said += data
+        return bool(data)
+
+    def _told(self) -> Mapping[str, Any]:
+        """What bubblewrap, then who started it, said in lines of JSON."""
+        told: dict[str, Any] = {}
+        for line in self._said.splitlines():
+            told.update(json.loads(line))
+        return told
 
 
 class Launcher:
-    """Starts bubblewraps, all from one thread: they die with the thread that started them."""
+    """Starts bubblewraps, through one process that is started when first needed. Safe to use from threads."""
 
-    def __init__(self, programs: Programs, filter_: bytes | None) -> None:
+    def __init__(self, programs: Programs, hierarchy: Hierarchy) -> None:
+        """Raises OSError where the process that starts them can't have a group."""
         self._programs = programs
-        self._filter = filter_
-        self._pid = os.getpid()
-        self._thread = ThreadPoolExecutor(1, "agentrl-bubblewrap")
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        files = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-        self._pid_1 = _PID_1.format(files=files)
+        self._is_born_inside = hierarchy.version == 1
+        self._home = hierarchy.make(_UNLIMITED) if self._is_born_inside else None
+        self._filter = deny_list() or b""
+        self._lock = threading.Lock()
+        self._starter: tuple[int, socket.socket, subprocess.Popen[bytes]] | None = None
 
     def start(self, argv: Sequence[str], view: View, *, group: Group, owner: int | None) -> Running:
-        """Start ``argv`` in ``group``; ``owner``: the uid outside. Raises OSError, ValueError for NULs."""
-        if os.getpid() != self._pid:  # forked: the thread did not come along
-            self._pid, self._thread = os.getpid(), ThreadPoolExecutor(1, "agentrl-bubblewrap")
-        return self._thread.submit(self._start, argv, view, group, owner).result()
-
-    def close(self) -> None:
-        """End the thread, and with it whatever it started that still runs."""
-        self._thread.shutdown()
-
-    def _start(self, argv: Sequence[str], view: View, group: Group, owner: int | None) -> Running:
-        arguments, filter_, status = os.pipe(), os.pipe(), os.pipe()
-        pipes = [os.pipe() for _ in range(3)]
-        theirs = [arguments[0], filter_[0], status[1], pipes[0][0], pipes[1][1], pipes[2][1]]
-        ours = [arguments[1], filter_[1], status[0], pipes[0][1], pipes[1][0], pipes[2][0]]
-        words = [self._programs.bwrap, "--args", str(arguments[0]), "--"]
-        if owner is not None:
-            drop = [f"--reuid={owner}", f"--regid={owner}", "--clear-groups"]
-            words = [self._programs.setpriv, *drop, *words]
+        """Start ``argv`` in ``group``; ``owner``: the uid outside. Raises OSError, SandboxLost."""
+        if not self._programs.can_disable_userns:
+            argv = ["/bin/sh", "-c", _SHELL, "sh", *argv]
+        command = [self._programs.bwrap, "--args", str(ARGUMENTS), "--", *argv]
+        pipes = [os.pipe() for _ in range(STATUS + 1)]
+        theirs = [ends[writes] for ends, writes in zip(pipes, (0, 1, 1, 0, 0, 1), strict=True)]
+        stdin, stdout, stderr, arguments, filter_, status = ours = [
+            ends[not writes] for ends, writes in zip(pipes, (0, 1, 1, 0, 0, 1), strict=True)
+        ]
         try:
-            process = subprocess.Popen(
-                [*words, "/bin/sh", "-c", self._pid_1, "sh", *argv],
-                stdin=pipes[0][0],
-                stdout=pipes[1][1],
-                stderr=pipes[2][1],
-                cwd="/",
-                env={},
-                start_new_session=True,  # an interrupt from the terminal is for us alone
-                pass_fds=theirs[:3],
-            )
+            entrances = [str(path) for path in group.procs] if self._is_born_inside else []
+            pid, pidfd = self._ask([*entrances, *command], theirs, owner or 0, len(entrances))
         except BaseException:
             _close(ours)
             raise
         finally:
             _close(theirs)
-        running = Running(process, Pipes(*ours[3:]), ours[2])
+        running = Running(pid, pidfd, status, Pipes(stdin, stdout, stderr))
         try:
-            group.enter(process.pid)
+            if self._is_born_inside:
+                expose(pid)
+            else:
+                group.enter(pid)
             with suppress(BrokenPipeError):  # it died: its end says why
-                _feed(ours[1], self._filter or b"")
-                filter_at = filter_[0] if self._filter else None
-                _feed(
-                    ours[0],
-                    _arguments(self._programs, view, filter_at=filter_at, status_at=status[1]),
-                )
+                _feed(filter_, self._filter)
+                _feed(arguments, _arguments(self._programs, view, is_filtered=bool(self._filter)))
         except OSError:
             running.kill()
             running.wait()
-            _close([*ours[:2], *ours[3:]])
+            _close((stdin, stdout, stderr))
             raise
-        _close(ours[:2])
+        finally:
+            _close((arguments, filter_))
         return running
+
+    def close(self) -> None:
+        """End the process, and with it whatever it started that still runs. Idempotent."""
+        with self._lock:
+            starter, self._starter = self._starter, None
+        if starter is not None and starter[0] == os.getpid():
+            starter[1].close()
+            starter[2].wait()
+        if self._home is not None:
+            self._home.close()
+
+    def _ask(
+        self, words: Sequence[str], descriptors: Sequence[int], uid: int, entrances: int
+    ) -> tuple[int, int]:
+        """Pid and pidfd."""
+        data = b"".join(os.fsencode(word) + b"\0" for word in words)
+        with self._lock:
+            # Of a process that forked, it is the parent's; and somebody may have killed it.
+            if not self._starter or self._starter[0] != os.getpid() or self._starter[2].poll() is not None:
+                if self._starter:
+                    self._starter[1].close()
+                self._starter = self._start_starter()
+            _, channel, process = self._starter
+            try:
+                socket.send_fds(channel, [REQUEST.pack(uid, entrances, len(data))], descriptors)
+                channel.sendall(data)
+                pid, pidfd = _reply(channel)
+            except OSError as error:
+                self._starter = None
+                channel.close()
+                process.kill()
+                process.wait()
+                raise SandboxLost(f"the process that starts bubblewraps is gone ({error})") from error
+        if pid < 0:
+            raise OSError(-pid, os.strerror(-pid))
+        return pid, pidfd
+
+    def _start_starter(self) -> tuple[int, socket.socket, subprocess.Popen[bytes]]:
+        channel, theirs = socket.socketpair()
+        channel.settimeout(_PATIENCE_S)
+        filter_ = deny_list(making=True) or b""
+        script = [bwrap_process.__file__, str(theirs.fileno()), str(os.getpid()), filter_.hex()]
+        if self._home is not None:
+            script += [str(path) for path in self._home.procs]
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", *script],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={},
+                start_new_session=True,  # an interrupt from the terminal is for us alone
+                pass_fds=[theirs.fileno()],
+            )
+        with suppress(OSError):
+            if channel.recv(1) == b"+":
+                return os.getpid(), channel, process
+        channel.close()
+        process.kill()
+        raise SandboxLost(f"the process that starts bubblewraps ended with {process.wait()}")
+
+
+def _reply(channel: socket.socket) -> tuple[int, int]:
+    """Pid and pidfd, or minus an errno. Raises OSError."""
+    room = socket.CMSG_SPACE(array.array("i").itemsize)
+    data, attached, _, _ = channel.recvmsg(REPLY.size, room, socket.MSG_CMSG_CLOEXEC)
+    if len(data) < REPLY.size:
+        raise ConnectionResetError("it closed its end")
+    pidfds = array.array("i")
+    for _, _, descriptors in attached:
+        pidfds.frombytes(descriptors)
+    return REPLY.unpack(data)[0], pidfds[0] if pidfds else -1
 
 
 def _feed(pipe: int, data: bytes) -> None:

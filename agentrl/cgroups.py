@@ -19,16 +19,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from agentrl.owners import MARK, is_gone, this_process
+from agentrl.owners import MARK, is_gone, is_running, this_process
 from agentrl.sandbox import Limits, SandboxLost
 
-__all__ = ["Group", "Hierarchy", "find"]
+__all__ = ["Group", "Hierarchy", "expose", "find"]
 
 _MAIN = "agentrl-main"  # where delegated v2 puts what was in a group that is to have groups inside
 _OURS = re.compile(rf"agentrl-(?P<owner>{MARK})-\d+")
 _KILL_S = 10.0  # at most, from the signal until none is left
 _WAIT_S = 0.001  # between two looks
+_PLAIN = 3  # kills without stopping first; enough where pid 1 of a namespace is among them
 _numbers = itertools.count()
+
+
+def expose(pid: int) -> None:
+    """Have the kernel kill a process, and its children, before others where the machine lacks memory."""
+    _write(Path(f"/proc/{pid}/oom_score_adj"), "1000")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +83,28 @@ class Group:
         self._version = version
         self._layout = _LAYOUTS.get(version)
         self._before: dict[_Count, int] = {}  # when the run began
-        self._peak: int | None = None  # a descriptor; v2 resets per descriptor
+        self._open: dict[
+            tuple[str, str], int
+        ] = {}  # by controller and file; v2's peak is reset by descriptor
 
     @property
     def procs(self) -> tuple[Path, ...]:
-        """Files into each of which a process writes "0", or somebody its pid, to enter."""
-        return tuple(folder / "cgroup.procs" for folder in self._folders.values())
+        """Files into each of which a process of one thread writes "0", or somebody its pid, to enter.
+
+        With v1, a thread that moves itself does not wait, where any other move takes some 10 ms: the kernel
+        waits until no process is forking (since 6.1, ``cgroup_procs_write_start``).
+        """
+        name = "tasks" if self._version == 1 else "cgroup.procs"
+        return tuple(folder / name for folder in self._folders.values())
 
     def enter(self, pid: int) -> None:
-        """Put a process in, and it and its children first in line where the whole machine lacks memory.
+        """Put a process of one thread in, its children first in line when memory runs out.
 
         Before it runs anything: what it has by then is counted elsewhere. Raises OSError.
         """
         for path in self.procs:
             _write(path, str(pid))
-        _write(Path(f"/proc/{pid}/oom_score_adj"), "1000")
+        expose(pid)
 
     def limit(self, limits: Limits, *, spare_pids: int = 0) -> None:
         """Enforce memory and pids; ``spare_pids``: processes of the launcher's own, inside as well.
@@ -120,10 +133,7 @@ class Group:
         for count in (self._layout.cpu, self._layout.oom_kills, self._layout.pids_hit):
             self._before[count] = self._read(count)
         with suppress(OSError):  # before 6.12, v2 can't; the peak is then of all runs
-            if self._peak is None:
-                peak = self._layout.peak
-                self._peak = os.open(self._folders[peak.controller] / peak.file, os.O_RDWR | os.O_CLOEXEC)
-            os.pwrite(self._peak, b"0", 0)
+            os.pwrite(self._descriptor(self._layout.peak.controller, self._layout.peak.file), b"0", 0)
 
     def cpu_s(self) -> float:
         """CPU seconds of all processes since ``begin``."""
@@ -139,16 +149,15 @@ class Group:
 
     def peak_bytes(self) -> int:
         """Most memory at once since ``begin``, files in memory included; 0 where it can't be read."""
-        if self._peak is not None:
-            return int(os.pread(self._peak, 64, 0) or b"0")
         return self._read(self._layout.peak) if self._layout else 0
 
     def pids(self) -> list[int]:
-        """Of the processes inside."""
+        """Of the processes inside that have not ended."""
         for controller in ("unified", "freezer", "pids", "memory", "cpuacct"):
             if controller in self._folders:
-                with suppress(FileNotFoundError):
-                    return [int(pid) for pid in _words(self._folders[controller] / "cgroup.procs")]
+                with suppress(OSError):  # it is removed
+                    listed = self._content(controller, "cgroup.procs").split()
+                    return [int(pid) for pid in listed if is_running(int(pid))]
         return []
 
     def kill(self) -> None:
@@ -157,20 +166,21 @@ class Group:
         From any thread. Raises SandboxLost where some won't die, as in a disk's or a network's wait.
         """
         until = time.monotonic() + _KILL_S
+        looks = 0
         while pids := self.pids():
             if os.getpid() in pids:
                 raise SandboxLost("a sandbox's group holds the process that is to kill it")
             if time.monotonic() > until:
                 raise SandboxLost(f"processes {pids[:5]} of a sandbox can't be killed: the kernel holds them")
+            looks += 1
             if not self._kill_at_once():
-                self._kill_frozen()
+                self._kill_each(frozen=looks > _PLAIN)
             time.sleep(_WAIT_S)
 
     def remove(self) -> bool:
         """Remove an empty group; whether it is gone. Idempotent."""
-        if self._peak is not None:
-            os.close(self._peak)
-            self._peak = None
+        while self._open:
+            os.close(self._open.popitem()[1])
         gone = [_remove(folder) for folder in self._folders.values()]
         return all(gone)
 
@@ -189,21 +199,20 @@ class Group:
             return False
         return True
 
-    def _kill_frozen(self) -> None:
-        """One by one, stopped meanwhile so that none forks behind our back."""
-        freezer = self._folders.get("freezer")
-        state = freezer / "freezer.state" if freezer else None
+    def _kill_each(self, *, frozen: bool) -> None:
+        """One by one; ``frozen``: stopped meanwhile, so that none forks behind our back."""
+        state = self._folders["freezer"] / "freezer.state" if "freezer" in self._folders else None
+        on, off = "FROZEN", "THAWED"
         if "unified" in self._folders:
-            state = self._folders["unified"] / "cgroup.freeze"
-        on, off = ("1", "0") if "unified" in self._folders else ("FROZEN", "THAWED")
-        with suppress(OSError):
-            if state:
+            state, on, off = self._folders["unified"] / "cgroup.freeze", "1", "0"
+        if frozen and state:
+            with suppress(OSError):
                 _write(state, on)
         for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        with suppress(OSError):
-            if state:
+        if frozen and state:
+            with suppress(OSError):
                 _write(state, off)
 
     def _since(self, count: _Count) -> int:
@@ -213,12 +222,30 @@ class Group:
         if count.controller not in self._folders:
             return 0
         try:
-            words = _words(self._folders[count.controller] / count.file)
-        except FileNotFoundError:
+            words = self._content(count.controller, count.file).split()
+        except OSError:  # an older kernel has none, or the group is removed
             return 0
         if count.word:
-            words = words[words.index(count.word) + 1 :] if count.word in words else ["0"]
+            word = count.word.encode()
+            words = words[words.index(word) + 1 :] if word in words else [b"0"]
         return int(words[0])
+
+    def _content(self, controller: str, file: str) -> bytes:
+        """Of one of its files, which stays open: they are read often. Raises OSError."""
+        descriptor = self._descriptor(controller, file)
+        data = b""
+        while more := os.pread(descriptor, 1 << 16, len(data)):
+            data += more
+        return data
+
+    def _descriptor(self, controller: str, file: str) -> int:
+        if (controller, file) not in self._open:
+            path = self._folders[controller] / file
+            with suppress(PermissionError):
+                self._open[controller, file] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                return self._open[controller, file]
+            self._open[controller, file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[controller, file]
 
 
 @dataclass(frozen=True, slots=True)

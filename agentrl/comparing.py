@@ -32,7 +32,7 @@ def parse(body: bytes) -> Any:
     if len(body) > MOST_BYTES or sum(map(body.count, (b",", b"[", b"{"))) > 3 * MOST_NODES:
         raise Garbled("a message that is too large")
     try:
-        return json.loads(body)
+        return json.loads(body.decode())
     except (ValueError, RecursionError) as error:  # also digits without end: Python refuses more than 4,300
         raise Garbled(f"no JSON: {type(error).__name__}") from None
 

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ class Engine:
         self._base_url, self._image, self._runtime = base_url, image, runtime
         self._patience_s = patience_s
         self._opened: Any = None
+        self._opening = threading.Lock()
+        self._unsure: set[str] = set()  # names of containers that may be there
         self._me = f"{_boot()}:{os.getpid()}:{_start_of(os.getpid())}"
         self._name = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
@@ -113,11 +116,20 @@ class Engine:
         """A container that waits for its first command. Raises SandboxLost and BadConfig."""
         name = f"agentrl-{self._name}-{next(_numbers)}"
         try:
-            return self._create(name, shape)
+            container = self._create(name, shape)
         except BaseException:
+            self._unsure.add(name)
+            self._remove_unsure()
+            raise
+        self._remove_unsure()
+        return container
+
+    def _remove_unsure(self) -> None:
+        """Remove what the engine may have made although it did not say so, as soon as it answers again."""
+        for name in list(self._unsure):
             with contextlib.suppress(SandboxLost):
                 self.remove(name)
-            raise
+                self._unsure.discard(name)
 
     def _create(self, name: str, shape: Shape) -> Container:
         with self._world("make a container"):
@@ -282,15 +294,11 @@ class Engine:
 
     @property
     def _client(self) -> Any:
-        if self._opened is None:
-            if self._base_url is not None:
-                made = self._sdk.APIClient(self._base_url, version="auto", timeout=self._patience_s)
-            else:
-                made = self._sdk.APIClient(
-                    **self._sdk.utils.kwargs_from_env(), version="auto", timeout=self._patience_s
-                )
-            self._opened = made
-        return self._opened
+        with self._opening:
+            if self._opened is None:
+                where = {"base_url": self._base_url} if self._base_url else self._sdk.utils.kwargs_from_env()
+                self._opened = self._sdk.APIClient(**where, version="auto", timeout=self._patience_s)
+            return self._opened
 
     @contextmanager
     def _world(self, doing: str) -> Iterator[None]:

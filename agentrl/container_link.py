@@ -10,6 +10,7 @@ from outside.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import select
@@ -29,7 +30,7 @@ from agentrl.sandbox import Gone, Limits, Talk
 __all__ = ["Conversation", "Link", "LinkClock", "LinkLost"]
 
 _LOOK_S = 0.02  # between two looks at the clocks
-_WINDOW = 1 << 16  # bytes of input under way to a command that has not taken them
+_WINDOW = 1 << 19  # bytes of input under way to a command that has not taken them
 _READ_BYTES = 1 << 16
 _READS = 16  # at most, before what was read is looked at
 _MOST_FRAME = 1 << 20  # bytes; the first process sends none so long
@@ -134,6 +135,8 @@ class Link:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+        if isinstance(self._owner, io.IOBase):
+            self._owner.close()
 
     def _flush(self) -> None:
         try:

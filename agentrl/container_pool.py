@@ -66,7 +66,8 @@ class Pool:
         self._engine, self._crew, self._size = engine, crew, size
         self._ready: OrderedDict[Shape, deque[Container]] = OrderedDict()
         self._coming: dict[Shape, int] = {}
-        self._making = threading.Semaphore(max(os.cpu_count() or 1, 2))  # more at once take longer each
+        self._at_once = max(os.cpu_count() or 1, 2)  # more take longer each
+        self._making = threading.Semaphore(self._at_once)
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -88,13 +89,17 @@ class Pool:
         self._crew.join(time.monotonic() + _LEAVE_S, most=_MOST_LEAVING)
 
     def close(self) -> None:
-        """Keep nothing ready any more."""
+        """Keep nothing ready any more, and wait for what is being made."""
         with self._lock:
             self._is_closed = True
             ready = [container for containers in self._ready.values() for container in containers]
             self._ready.clear()
         for container in ready:
             self.leave(container)
+        for _ in range(self._at_once):  # whoever is making one now sees that it is too late
+            self._making.acquire(timeout=_LEAVE_S)
+        for _ in range(self._at_once):
+            self._making.release()
 
     def _pop(self, shape: Shape) -> Container | None:
         with self._lock:
@@ -103,10 +108,20 @@ class Pool:
 
     def _make(self, shape: Shape) -> Container:
         with self._making:
-            with self._lock:
-                if self._is_closed:
-                    raise SandboxLost("this docker backend is closed: make another")
-            return self._engine.create(shape)
+            self._check_open()
+            container = self._engine.create(shape)
+            try:
+                self._check_open()  # still
+            except SandboxLost:
+                container.link.close()
+                self._remove(container.id)
+                raise
+            return container
+
+    def _check_open(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                raise SandboxLost("this docker backend is closed: make another")
 
     def _remove(self, container: str) -> None:
         with suppress(

@@ -86,6 +86,7 @@ def serve() -> None:
     wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would let it in
     _say(READY)
     while True:
         kind, data = _hear()
@@ -294,14 +295,16 @@ def _read(path: str, most: int) -> None:
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR, errno.EACCES):
             raise FileNotFoundError(errno.ENOENT, path) from None
         raise
-    with open(file, "rb", buffering=0) as opened:
+    try:
         found = os.fstat(file)
         if not stat.S_ISREG(found.st_mode):
             raise FileNotFoundError(errno.ENOENT, path)
         if found.st_size > most:
             raise OSError(errno.EFBIG, path)
-        while data := opened.read(CHUNK):
+        while data := os.read(file, CHUNK):
             _say(DATA, data)
+    finally:
+        os.close(file)
 
 
 def _write(path: str) -> None:

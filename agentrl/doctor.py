@@ -15,7 +15,8 @@ INSTALL: Mapping[str, str] = {
     "docker": 'pip install "agentrl-gym[docker]", a running Docker engine, and an image with python3 '
     "(AGENTRL_DOCKER_IMAGE); gVisor: install runsc and run 'runsc install'",
     "zygote": "Linux as root, or with unprivileged user namespaces "
-    "(sysctl kernel.unprivileged_userns_clone=1) and a delegated cgroup (systemd-run --user --scope -p Delegate=yes)",
+    "(sysctl kernel.unprivileged_userns_clone=1) and a delegated cgroup "
+    "(systemd-run --user --scope -p Delegate=yes)",
     "bubblewrap": "apt install bubblewrap (dnf install bubblewrap), and a cgroup of one's own: root, or "
     "systemd-run --user --scope -p Delegate=yes",
     "process": "nothing: for trusted code only, and only where it is asked for by name",

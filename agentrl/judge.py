@@ -9,7 +9,7 @@ that means to can make up its verdict.
 Limits bound one run: all function tests of a submission together, each program of an IOTest by itself.
 CPU time counts first; the wall clock is a guard, and time spent waiting for a core or a sandbox counts for
 nothing. A limit that is hit inside is the submission's own doing. What the world does (SandboxLost) is tried
-once more in fresh sandboxes and then raised.
+once more in fresh sandboxes and then raised; it is also the world where a known-good program fails.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Judge:
         self._backend = _backend(sandbox, self.limits)
         self._places = _cores if at_once is None else threading.Semaphore(at_once)
         self._at_once = at_once or _core_count()
+        self._is_proved, self._proving = False, threading.Lock()
         self._backend.sweep()
 
     def judge(self, solution: str, problem: Problem, *, stop_early: bool = True) -> Judgement:
@@ -159,11 +160,35 @@ class Judge:
     ) -> Judgement:
         with _place(self._places, until=until) as waited_s:
             try:
-                judgement = work(self._backend.open)
+                judgement = self._proved(work)
             except SandboxLost as error:
-                judgement = work(self._backend.open)
+                judgement = self._proved(work)
                 healed(error)
         return replace(judgement, queue_ms=judgement.queue_ms + waited_s * 1000)
+
+    def _proved(self, work: Callable[[Callable[[Limits], Sandbox]], Judgement]) -> Judgement:
+        """What ``work`` gives where a known-good program is accepted: at first, and after one that went over
+        its time, as all do where a machine hangs. Raises SandboxLost."""
+        with self._proving:
+            if not self._is_proved:
+                self._prove()
+                self._is_proved = True
+        judgement = work(self._backend.open)
+        if judgement.verdict == "TLE":
+            self._prove()
+        return judgement
+
+    def _prove(self) -> None:
+        good = judge_once(_GOOD, _PROBE, open_sandbox=self._backend.open, limits=self.limits, stop_early=True)
+        if good.verdict != "AC":
+            raise SandboxLost(
+                f"a known-good program got {good.verdict} in the sandbox {self._backend.name!r}: "
+                f"{good.note}; the machine is overloaded, the limits are too low, or there is no python3"
+            )
+
+
+_GOOD = "def double(x):\n    return 2 * x\n"
+_PROBE = Problem(entry_point="double", tests=(CallTest(id="probe", args=(21,), expected=42, visible=True),))
 
 
 @contextmanager

@@ -44,10 +44,12 @@ class Record:
     results: list[ExecResult] = field(default_factory=list)
     flags: set[str] = field(default_factory=set)
     compiled: bool = True
+    has_failed: bool = False
     note: str = ""
 
     def enter(self, test: Test, verdict: Verdict, note: str = "", *, ran: bool = True) -> None:
         """Write an outcome down; the note only where the policy may see the test."""
+        self.has_failed |= verdict != "AC"
         shown = note[:MOST_NOTE] if test.visible else ""
         self.outcomes[test.id] = TestOutcome(
             id=test.id, verdict=verdict, visible=test.visible, note=shown, ran=ran
@@ -56,7 +58,7 @@ class Record:
     @property
     def is_over(self) -> bool:
         """Whether nothing more need be run."""
-        return self.stop_early and any(outcome.verdict != "AC" for outcome in self.outcomes.values())
+        return self.stop_early and self.has_failed
 
     def add(self, result: ExecResult) -> ExecResult:
         """Count a run of the solution. Raises SandboxLost where the world ended it."""

@@ -8,6 +8,7 @@ sandbox says can be an answer, right or wrong, and nothing else.
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -23,6 +24,8 @@ from agentrl.verdicts import AssertTest, CallTest, IOTest, Judgement, Problem, T
 
 __all__ = ["judge_once"]
 
+# Answers gather in the pipe meanwhile: woken for each, both sides would spend more on that than on the calls.
+_GATHER_S = 0.0003
 _BATCH_CALLS = 64
 _BATCH_BYTES = 32 << 10  # of one message of calls: what a pipe takes in without waiting
 
@@ -79,6 +82,8 @@ class _Calls:
         for first, batch in _batches(self._tests):
             line.send(["calls", batch, False])
             for number in range(first, first + len(batch)):
+                if not line.has_more and number > first:
+                    time.sleep(_GATHER_S)
                 kind, said = _reply(line, number)
                 self._record.enter(self._tests[number], *self._judged(self._tests[number], kind, said))
                 if self._record.is_over:

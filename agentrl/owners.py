@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["MARK", "is_gone", "this_process"]
+__all__ = ["MARK", "is_gone", "is_running", "this_process"]
 
 MARK = r"\d+-\d+-\d+"  # as a regular expression
 
@@ -32,6 +32,11 @@ def is_gone(mark: str) -> bool:
         return False
     namespace, pid, start = (int(part) for part in match.groups())
     return namespace == _NAMESPACE.stat().st_ino and _start(pid) != start
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process has not ended; one that is not waited for has."""
+    return _start(pid) is not None
 
 
 def _start(pid: int) -> int | None:

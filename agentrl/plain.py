@@ -1,10 +1,11 @@
 """Plain data as typed JSON: what may cross from a solution's sandbox to the judge, and nothing else.
 
 Covered: None, bool, int of any size, float (nan, infinities, -0.0), complex, str (lone surrogates too),
-bytes, list, tuple, dict with any plain keys in their order, set and frozenset, by their exact builtin types.
-JSON's null, booleans, strings, small integers, finite floats and arrays stand for themselves; the rest is an
-object with one key, its type: ``{"tuple": [1, 2]}``, ``{"dict": [[key, value], ...]}``, ``{"float": "nan"}``,
-``{"int": "0x..."}``, ``{"bytes": hex}``, ``{"complex": [real, imaginary]}``, ``{"set": [...]}``.
+bytes, list, tuple, dict with any plain keys in their order, set and frozenset, by their exact builtin types;
+the dicts of ``collections`` become dicts. JSON's null, booleans, strings, small integers, finite floats and
+arrays stand for themselves; the rest is an object with one key, its type: ``{"tuple": [1, 2]}``,
+``{"dict": [[key, value], ...]}``, ``{"float": "nan"}``, ``{"int": "0x..."}``, ``{"bytes": hex}``,
+``{"complex": [real, imaginary]}``, ``{"set": [...]}``.
 
 Nothing is pickled or evaluated. Standard library only and Python 3.8: its source also runs inside sandboxes.
 What comes from one is checked by ``agentrl.comparing`` first.
@@ -13,6 +14,7 @@ What comes from one is checked by ``agentrl.comparing`` first.
 from __future__ import annotations
 
 import json
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
 __all__ = [
@@ -29,8 +31,8 @@ __all__ = [
 
 HEADER_BYTES = 4
 MOST_DEPTH = 100  # containers in one another
-MOST_NODES = 1_000_000  # values in one message
-MOST_BYTES = 8 << 20  # of one frame
+MOST_NODES = 2_000_000  # values in one message; HumanEval+ has lists of a million
+MOST_BYTES = 16 << 20  # of one frame
 _SMALL = 1 << 63  # JSON's own integers: below it; their decimal digits cost quadratic time
 
 
@@ -40,6 +42,9 @@ class NotPlain(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+_DICTS = (Counter, defaultdict, OrderedDict)  # equal to the dict of their items
 
 
 def encode(value: Any) -> Any:
@@ -59,6 +64,8 @@ def _encode(value: Any, depth: int, left: list[int]) -> Any:
         return {"bytes": value.hex()}
     if kind is complex:
         return {"complex": [_encode(value.real, depth, left), _encode(value.imag, depth, left)]}
+    if kind in _DICTS:
+        kind = dict
     if kind not in (list, tuple, dict, set, frozenset):
         raise NotPlain(kind.__name__)
     left[0] -= len(value)

@@ -21,7 +21,8 @@ from agentrl.sandbox import Fault, Gone, Limits, Status, Talk
 
 __all__ = ["Clock", "Kept", "Pipes", "Pumped", "drive", "outcome"]
 
-End = Literal["exit", "cpu", "wall", "output", "closed", "talked"]
+# hangup: a talk's other end closed its pipe and lived on, so that it was killed.
+End = Literal["exit", "cpu", "wall", "output", "closed", "talked", "hangup"]
 
 _READ_BYTES = 1 << 16
 _LOOK_S = 0.02  # between two looks at the CPU clock
@@ -110,7 +111,7 @@ def drive(pipes: Pipes, clock: Clock, *, stdin: bytes | Talk, limits: Limits) ->
     except _Over as over:
         end = over.end
     except Gone:
-        end = pump.over or "exit"
+        end = pump.over or pump.part()
     finally:
         wall_s = time.monotonic() - pump.began
         clock.kill()
@@ -193,6 +194,16 @@ class _Pump:
         data = bytes(self._heard[:most])
         del self._heard[:most]
         return data
+
+    def part(self) -> End:
+        """What ends a command that closed its pipe: often its exit, which is a moment away."""
+        until = time.monotonic() + _DRAIN_S
+        try:
+            while time.monotonic() < until:
+                self.turn()
+        except _Over as over:
+            return over.end
+        return "hangup"
 
     def _turn_or_gone(self) -> None:
         try:

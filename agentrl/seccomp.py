@@ -78,6 +78,8 @@ _DENIED: Mapping[str, tuple[int | None, int | None]] = {
     "ioperm": (173, None),
 }
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
+# What makes a sandbox needs these, before it gives up every capability and so can't use them any more.
+_MAKING = frozenset({"mount", "umount2", "pivot_root", "chroot", "unshare", "setns", "sethostname"})
 _CLONE, _CLONE3, _IOCTL, _SOCKET, _SOCKETPAIR = (56, 220), (435, 435), (16, 29), (41, 198), (53, 199)
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 _TERMINAL = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX type into somebody's terminal
@@ -93,8 +95,11 @@ _ERRNO = 0x00050000
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 
 
-def deny_list(machine: str = "") -> bytes | None:
-    """The filter as an array of struct sock_filter; None where this machine's system calls aren't known."""
+def deny_list(machine: str = "", *, making: bool = False) -> bytes | None:
+    """The filter as an array of struct sock_filter; None where this machine's system calls aren't known.
+
+    ``making``: what makes namespaces and mounts is allowed, and still denied once ``deny_list()`` is added.
+    """
     machine = machine or platform.machine()
     if machine not in _ARCHITECTURES:
         return None
@@ -108,13 +113,14 @@ def deny_list(machine: str = "") -> bytes | None:
     ]
     if machine == "x86_64":
         program += [(_ANY_BIT, 0, 1, _X32), refuse]
-    for numbers in _DENIED.values():
+    for name, numbers in _DENIED.items():
         number = numbers[at]
-        if number is not None:
+        if number is not None and not (making and name in _MAKING):
             program += [(_EQUAL, 0, 1, number), refuse]
     # Its flags lie in memory, so it can't be told apart: without it, the C library takes clone.
     program += [(_EQUAL, 0, 1, _CLONE3[at]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    program += _for(_CLONE[at], [(_LOAD, 0, 0, _ARGUMENT_0), (_ANY_BIT, 0, 1, _NAMESPACES), refuse])
+    if not making:
+        program += _for(_CLONE[at], [(_LOAD, 0, 0, _ARGUMENT_0), (_ANY_BIT, 0, 1, _NAMESPACES), refuse])
     program += _for(
         _IOCTL[at], [(_LOAD, 0, 0, _ARGUMENT_1), *_one_of(_TERMINAL, (_RETURN, 0, 0, _ERRNO | errno.EPERM))]
     )

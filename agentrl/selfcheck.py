@@ -91,7 +91,6 @@ def self_check(
     its sandboxes are. Raises BadConfig where it is not available, or ``only`` names nothing.
     """
     made = make_sandbox(backend)
-    before = (count_descriptors(), children(), leftovers(f"-{os.getpid()}-"), containers())
     rows: list[Row] = []
 
     def add(row: Row) -> None:
@@ -99,6 +98,7 @@ def self_check(
         on_row(row)
 
     with baited() as bait:
+        before = (count_descriptors(), children(), leftovers(f"-{os.getpid()}-"), containers())
         # After the baits, so that what a backend starts inherits them where it is careless.
         survey = made.survey()
         if not survey.available:
@@ -203,10 +203,7 @@ def _traces(
 
 
 def _descriptors(before: int, kept: int) -> str:
-    after = count_descriptors() - _BAIT_DESCRIPTORS
-    if kept - before > _DESCRIPTORS_KEPT + _BAIT_DESCRIPTORS or after > before:
+    after = count_descriptors()
+    if kept - before > _DESCRIPTORS_KEPT or after > before:
         return f"{before} before, {kept} at the end, {after} after it was closed"
     return ""
-
-
-_BAIT_DESCRIPTORS = 5  # of the services that wait for a visit

@@ -27,6 +27,7 @@ import stat
 import struct
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 __all__ = ["Run", "live"]
@@ -149,11 +150,18 @@ def _begin(packages: Sequence[str]) -> None:
 
 
 def _enter_user_namespace() -> None:
+    """Be a process in namespaces that are our own: only there may a pid namespace be returned to."""
     uid, gid = os.geteuid(), os.getegid()
-    _check(_libc.unshare(_NEW_USER), "unshare the user namespace")
+    _check(_libc.unshare(_NEW_USER | _NEW_PID), "unshare the user and pid namespaces")
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{_ONLY_UID} {uid} 1")
     _write("/proc/self/gid_map", f"{_ONLY_UID} {gid} 1")
+    if os.fork():
+        os.closerange(0, 1 << 20)
+        with suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+        os._exit(0)
+    _prctl(_PDEATHSIG, signal.SIGKILL)
 
 
 def _build_root(packages: Sequence[str]) -> None:
@@ -289,7 +297,8 @@ def _open_session(request: dict[str, Any]) -> int:
     os.mkdir(place)
     _mount("tmpfs", place, kind="tmpfs", flags=_NOSUID | _NODEV, data=f"mode=755,{request['options']}")
     os.mkdir(f"{place}/work")
-    os.chown(f"{place}/work", request["uid"], request["uid"])
+    if os.geteuid() != _ONLY_UID:
+        os.chown(f"{place}/work", request["uid"], request["uid"])
     return os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
@@ -314,6 +323,7 @@ def _fork(run: Run, namespace: int, own: int) -> int:
         for group in run.groups:
             os.write(group, b"0")
         _prepare(run)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # before there is a child, which may end at once
         child = os.fork()
     except OSError as error:
         _fail(run, error)
@@ -340,19 +350,17 @@ def _fail(run: Run, error: OSError) -> NoReturn:
 def _prepare(run: Run) -> None:
     """Namespaces, and in them what a run has of its own."""
     _check(_libc.unshare(_NEW_NS | _NEW_IPC | _NEW_UTS | _NEW_NET), "unshare")
+    _prctl(_SET_DUMPABLE, 1)  # else its own files in /proc are root's
     _write("proc/self/oom_score_adj", "1000")
+    _prctl(_SET_DUMPABLE, 0)
     _mount("proc", "/proc", kind="proc", flags=_NOSUID | _NODEV | _NOEXEC | _RDONLY)
     _mount("tmpfs", "/tmp", kind="tmpfs", flags=_NOSUID | _NODEV, data=f"mode=1777,{run.temporary}")
     _mount("tmpfs", "/dev", kind="tmpfs", flags=_NOSUID | _NOEXEC, data=f"mode=755,{run.temporary}")
     _make_devices()
     _mount(f"sessions/{run.session}/work", "/work", flags=_BIND)
-    os.chroot(".")
-    os.chdir("new")
-    _check(_libc.pivot_root(b".", b"."), "pivot_root")
-    _check(_libc.umount2(b".", _DETACH), "umount what lies outside")
-    os.chdir("/work")
+    os.chdir("/work")  # and nothing leads outside again: no descriptor, no capability
     socket.sethostname("sandbox")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loopback:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as loopback:
         fcntl.ioctl(loopback, 0x8914, struct.pack("16sh22x", b"lo", 0x41))  # SIOCSIFFLAGS: up, running
 
 
@@ -379,7 +387,6 @@ def _watch(run: Run, child: int, own: int) -> NoReturn:
     _prctl(_SET_DUMPABLE, 0)
     os.dup2(run.status, 0)
     os.closerange(1, 1 << 20)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == child:
@@ -408,7 +415,6 @@ def _confine(run: Run, program: bytes) -> list[str]:
         with open(run.payload, "rb", closefd=False) as file:
             argv: list[str] = json.loads(file.read())
         os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         _give_up_rights(run.uid)
         _prctl(_SET_DUMPABLE, 1)  # as an ordinary process: it can look at itself and its children
         if program:
@@ -428,5 +434,6 @@ def _read(path: str) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    os.write(file, text.encode())
+    os.close(file)

@@ -171,10 +171,11 @@ def _finish(status: int, main: types.ModuleType) -> NoReturn:
         _join_threads()
     with suppress(BaseException):
         atexit._run_exitfuncs()
-    status = status if _flush() else _FLUSH_FAILED
+    flushed = _flush()
     main.__dict__.clear()
     gc.collect()
-    status = status if _flush() else _FLUSH_FAILED
+    if not (flushed and _flush()):
+        status = _FLUSH_FAILED
     ctypes.CDLL(None).fflush(None)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
@@ -188,6 +189,11 @@ def _flush() -> bool:
         try:
             if stream is not None and not stream.closed:
                 stream.flush()
-        except BaseException:
-            done = stream is sys.stderr and done
+        except BaseException as error:
+            if stream is not sys.stderr:
+                done = False
+                with suppress(BaseException):
+                    print(
+                        f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}", file=sys.stderr
+                    )
     return done

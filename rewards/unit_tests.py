@@ -38,14 +38,14 @@ class UnitTests:
         *,
         mode: Literal["all", "fraction"] = "all",
         sandbox: str = "auto",
-        cpu_s: float = 10.0,
+        cpu_s: float = 6.0,
         memory_mib: int = 512,
     ) -> None:
         if mode not in ("all", "fraction"):
             raise BadConfig(f"unit_tests has mode={mode!r}: it is 'all' or 'fraction'")
         self.mode = mode
         self.sandbox = sandbox
-        self.limits = Limits(cpu_s=cpu_s, wall_s=3 * cpu_s, memory_mib=memory_mib)
+        self.limits = Limits(cpu_s=cpu_s, wall_s=5 * cpu_s, memory_mib=memory_mib)
 
     def __call__(self, evidence: Evidence) -> Score:
         """Judge the program that the conversation ends with."""

@@ -19,10 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from agentrl.beneath import read_beneath, write_beneath
-from agentrl.bwrap import SPARE_PIDS, Launcher, Running, View, find_programs, make_etc
+from agentrl.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
 from agentrl.cgroups import Hierarchy, find
 from agentrl.errors import BadConfig, CannotWrite
 from agentrl.pump import Clock, Pumped, drive, outcome
@@ -135,12 +134,13 @@ class Bubblewrap:
         programs = find_programs()
         if isinstance(programs, str):
             return Survey(available=False, note=programs), None
-        filter_ = deny_list()
+        hierarchy = find()
         try:
             folder = make_folder(self.name)
             make_etc(folder / "etc")
+            launcher = Launcher(programs, hierarchy)
         except (OSError, CannotWrite) as error:
-            return Survey(available=False, note=f"there is no folder for sandboxes: {error}"), None
+            return Survey(available=False, note=f"there is no folder or group for sandboxes: {error}"), None
         view = View(
             etc=folder / "etc",
             work=folder,
@@ -149,7 +149,7 @@ class Bubblewrap:
             size_mib=None,
             network=False,
         )
-        host = _Host(Launcher(programs, filter_), find(), folder, view)
+        host = _Host(launcher, hierarchy, folder, view)
         try:
             is_sized = _try_out(host)
         except SandboxLost as error:
@@ -158,7 +158,7 @@ class Bubblewrap:
             return Survey(available=False, note=f"{error}; {_NO_NAMESPACES}"), None
         enforced, missing = {**_ENFORCED, **host.hierarchy.enforced}, {**host.hierarchy.missing}
         (enforced if is_sized else missing)["disk_mib"] = "tmpfs of that size" if is_sized else _NO_SIZE
-        if filter_ is None:
+        if deny_list() is None:
             missing["privileges"] = "no system call filter is known for this machine's architecture"
         else:
             enforced["privileges"] = "no capabilities, no_new_privs, a system call filter"
@@ -259,7 +259,7 @@ class _Session:
         self._set = limits
         return None
 
-    def _drive(self, running: Running, stdin: bytes | Talk, limits: Limits) -> tuple[Pumped, _Ended]:
+    def _drive(self, running: Running, stdin: bytes | Talk, limits: Limits) -> tuple[Pumped, Ended]:
         has_group = self._host.hierarchy.version > 0
         try:
             if not has_group:
@@ -269,12 +269,12 @@ class _Session:
             pumped = drive(running.pipes, clock, stdin=stdin, limits=limits)
         finally:  # also where a talk raised
             running.kill()
-            code, own_code, usage = running.wait()
-        cpu_s = self._group.cpu_s() if has_group else usage.ru_utime + usage.ru_stime
-        peak_bytes = self._group.peak_bytes() if has_group else usage.ru_maxrss * 1024
-        return pumped, _Ended(code, own_code, cpu_s, peak_bytes)
+            ended = running.wait()
+        if has_group:
+            ended = replace(ended, cpu_s=self._group.cpu_s(), peak_bytes=self._group.peak_bytes())
+        return pumped, ended
 
-    def _result(self, pumped: Pumped, ended: _Ended, *, queue_ms: float) -> ExecResult:
+    def _result(self, pumped: Pumped, ended: Ended, *, queue_ms: float) -> ExecResult:
         status: Status
         fault: Fault
         if self._group.oom_kills():
@@ -284,8 +284,10 @@ class _Session:
         elif ended.code is not None:
             code = 128 - ended.code if 128 < ended.code <= 192 else ended.code
             status, fault = outcome("exit", code)
-        elif ended.own_code < 0:  # somebody outside, since nobody inside can
-            code, status, fault = ended.own_code, "lost", "world"
+        elif ended.own_code is None or ended.own_code < 0:  # somebody outside, since nobody inside can
+            code, status, fault = -9, "lost", "world"
+        elif pumped.stderr.data.startswith(b"bwrap: execvp "):
+            code, status, fault = 127, "error", "policy"
         else:
             raise SandboxLost(f"bubblewrap failed: {pumped.stderr.data.decode(errors='replace').strip()}")
         return ExecResult(
@@ -302,13 +304,6 @@ class _Session:
             peak_bytes=ended.peak_bytes,
             flags=("pids_hit",) if self._group.pids_hit() else (),
         )
-
-
-class _Ended(NamedTuple):
-    code: int | None  # of the command, in the shell's way; None: it did not end by itself
-    own_code: int  # bubblewrap's
-    cpu_s: float
-    peak_bytes: int
 
 
 def _try_out(host: _Host) -> bool:

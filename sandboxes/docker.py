@@ -45,7 +45,7 @@ __all__ = ["Docker"]
 _IMAGE = "python:3.11-slim"
 _LEAST_MEMORY_MIB = 16  # the first process has some ten of them
 _CLOSE_S = 60.0
-_ANSWER_S = 30.0  # for the first process of a container, when no command runs
+_ANSWER_S = 60.0  # for the first process of a container, when no command runs
 _ENFORCED = {
     "cpu_s": "read from its cgroup every 20 ms; of an engine elsewhere, from its statistics",
     "wall_s": "SIGKILL to all of the container",
@@ -68,7 +68,7 @@ class Docker:
     ``image``: one with python3; by default that of the environment variable AGENTRL_DOCKER_IMAGE, else
     python:3.11-slim. ``pool``: containers kept ready for each kind of session that was asked for; 0: none.
     ``runtime``: "runsc" for gVisor. ``base_url``: of the engine; by default what DOCKER_HOST says.
-    ``patience_s``: for one answer of the engine.
+    ``patience_s``: for one answer of the engine; on an overloaded machine one took 15 seconds.
     """
 
     name = "docker"
@@ -80,7 +80,7 @@ class Docker:
         runtime: str | None = None,
         pool: int = 2,
         base_url: str | None = None,
-        patience_s: float = 30.0,
+        patience_s: float = 120.0,
     ) -> None:
         if isinstance(pool, bool) or not 0 <= pool <= 1000:
             raise BadConfig(f"Docker(pool={pool!r}): it is a number of containers, 0 to 1000")
@@ -279,6 +279,8 @@ class _Session:
                 conversation.finish()
                 if not conversation.is_dead:
                     death = self._put_down(container, is_silent=conversation.lost is None)
+        if death == "outside" and not conversation.began:
+            raise SandboxLost(f"the container was lost before the command began: {conversation.lost}")
         try:
             after = container.meter.usage() if death is None else before
         except SandboxLost:
@@ -332,7 +334,7 @@ def _result(
         if is_own_end and code is not None and code < 0
         else None
         if is_own_end
-        else signal.SIGKILL,
+        else int(signal.SIGKILL),
         stdout=pumped.stdout.data,
         stderr=pumped.stderr.data,
         truncated=pumped.stdout.dropped + pumped.stderr.dropped,

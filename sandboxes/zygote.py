@@ -21,9 +21,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from agentrl.beneath import read_beneath, write_beneath
 from agentrl.cgroups import Group, Hierarchy, find
@@ -38,7 +39,7 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings
+from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings, telltale_filter
 
 __all__ = ["PRELOAD", "Zygote"]
 
@@ -66,12 +67,27 @@ _CROWD = 2  # sessions of each zygote before another one is started
 _FIRST_UID, _UIDS = 1 << 20, 1 << 30
 _SPARE_PIDS = 1  # the init
 _ENDS = "no signal from within reaches its init, with which the kernel ends them all"
+_NAMESPACES = {"mnt": "files", "ipc": "processes", "uts": "processes", "net": "network", "pid": "survivors"}
+_PROBE = """
+import json, os
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+rights = {name: int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")}
+rights |= {name: int(status[name]) for name in ("NoNewPrivs", "Seccomp")} | {"root": os.getuid() == 0}
+links = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("mnt", "ipc", "uts", "net", "pid")}
+print(json.dumps({"rights": rights, "namespaces": links}))
+"""
+_NO_RIGHTS = {
+    **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), 0),
+    "NoNewPrivs": 1,
+    "Seccomp": 2,
+    "root": False,
+}
 _MEANS = {
     "wall_s": "SIGKILL to the init of the pid namespace, from outside",
     "output_kib": "counted as it is read",
     "disk_mib": "sized tmpfs",
-    "files": "mount namespace and pivot_root: /usr and the interpreter, read-only",
-    "processes": "pid and ipc namespaces, another uid",
+    "files": "mount namespace, pivot_root and chroot: /usr and the interpreter, read-only",
+    "processes": "pid and ipc namespaces; as root, a uid of the session's own",
     "privileges": "an unprivileged uid, no capabilities, no_new_privs, seccomp",
     "network": "net namespace with a loopback of its own",
     "environment": "made anew; the zygote is started without one",
@@ -98,7 +114,7 @@ class Zygote:
         recycle: int = 2000,
     ) -> None:
         self._settings = ZygoteSettings(
-            preload=tuple(preload), packages=tuple(map(str, packages)), seccomp=b""
+            preload=tuple(preload), packages=tuple(map(str, packages)), seccomp=telltale_filter()
         )
         self._most = zygotes or max(1, (os.cpu_count() or 1) // 2)
         self._recycle = recycle
@@ -164,15 +180,48 @@ class Zygote:
         try:
             self._hierarchy = find()
             self._hierarchy.sweep()
-            self._choose()
+            failed = self._probe(self._hierarchy)
         except (OSError, SandboxLost) as error:
             return Survey(available=False, note=str(error))
+        means = {**_MEANS, **self._hierarchy.enforced}
+        enforced = {what: how for what, how in means.items() if what not in failed}
+        missing = {**self._hierarchy.missing, **failed}
         return Survey(
             available=True,
-            enforced={**_MEANS, **self._hierarchy.enforced},
-            missing=self._hierarchy.missing,
+            enforced=enforced,
+            missing=missing,
             note="as root" if os.geteuid() == 0 else "in a user namespace",
         )
+
+    def _probe(self, hierarchy: Hierarchy) -> dict[str, str]:
+        """What a run finds not to be as it should, by guarantee. Raises SandboxLost where there is no run."""
+        not_limited: dict[str, Any] = dict.fromkeys(hierarchy.missing)
+        limits = replace(Limits(), **not_limited)
+        session = _Session(
+            limits,
+            zygote=self._choose(),
+            number=next(self._numbers),
+            hierarchy=hierarchy,
+            on_close=lambda session: None,
+        )
+        try:
+            result = session.run(["python3", "-I", "-c", _PROBE])
+        finally:
+            session.close()
+        if result.status != "ok":
+            raise SandboxLost(
+                f"a first run ended as {result.status}: {result.stderr.decode(errors='replace')}"
+            )
+        seen = json.loads(result.stdout)
+        ours = {name: os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES}
+        failed = {
+            promise: f"a run shares the host's {name} namespace: run as root or allow user namespaces"
+            for name, promise in _NAMESPACES.items()
+            if seen["namespaces"][name] == ours[name]
+        }
+        if seen["rights"] != _NO_RIGHTS:
+            failed["privileges"] = f"a run has more than none: {seen['rights']}; use docker"
+        return failed
 
     def _choose(self) -> ZygoteHandle:
         """The one with the fewest sessions, where none may be started."""

@@ -31,12 +31,15 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "judge judging judge_line judge_record verdicts plain comparing solution_process "
         "assertion_process workspace_judging grading_process "
         "container_process container_link container_meter container_engine container_pool "
-        "attack attacks attack_clocks attack_files attack_isolation attack_network attack_outputs attack_probe "
-        "attack_exits attack_values attack_privileges attack_processes attack_resources attack_verdicts attack_graders attack_targets "
-        "bait stage backend_contract scenarios verdict_trials selfcheck doctor "
-        "owners cgroups seccomp "
-        "owners cgroups seccomp workdirs bwrap "
+        "attack attacks attack_clocks attack_exits attack_files attack_graders attack_isolation "
+        "attack_network attack_outputs attack_privileges attack_probe attack_processes attack_resources "
+        "attack_targets attack_values attack_verdicts bait stage backend_contract scenarios verdict_trials "
+        "selfcheck doctor owners cgroups seccomp workdirs bwrap bwrap_process "
+        "zygote_handle zygote_process zygote_python "
         "config configfile modelfiles workers worker_handle worker_process threads",
+        "judge judging judge_line judge_record verdicts plain comparing solution_process "
+        "assertion_process workspace_judging grading_process "
+        "owners cgroups seccomp workdirs bwrap "
         "config configfile modelfiles workers worker_handle worker_process threads "
         "zygote_handle zygote_process zygote_python",
         "environments rewards sandboxes",

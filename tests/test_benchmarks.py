@@ -17,6 +17,7 @@ import pytest
 
 from agentrl.attempts import EpisodePlan
 from agentrl.chats import Chats
+from agentrl.doctor import survey_all
 from agentrl.engine import Sampling
 from agentrl.tiny import TinyShape, make_tiny_model
 
@@ -34,7 +35,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-@pytest.mark.parametrize("script", ["async_rollouts", "env_overhead", "grpo_step", "startup", "verify"])
+@pytest.mark.parametrize(
+    "script", ["async_rollouts", "env_overhead", "grpo_step", "sandbox_throughput", "startup", "verify"]
+)
 def test_a_benchmark_says_how_it_is_run(script: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         load(script).main(["--help"])
@@ -102,6 +105,20 @@ def test_startup_writes_a_row_for_each_start(load: Any, tmp_path: Path) -> None:
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert [row["aim"] for row in rows] == [0.5, 1.0, None, None]
     assert all(set(row) == {"name", "seconds", "aim"} and row["seconds"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_sandbox_throughput_writes_a_row_for_each_way_to_execute(load: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    names = [name for name in ("zygote", "bubblewrap") if survey_all()[name].available]
+    load("sandbox_throughput").main(
+        ["--quick", "--no-peer", "--backends", ",".join(names), "--json", str(path)]
+    )
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rates = [row for row in rows if row["at_1"] is not None]
+    assert [row["name"] for row in rates] == ["plain subprocess", *names]
+    assert all(row[f"at_{at_once}"] > 0 for row in rates for at_once in (1, 2, 4, 8))
+    assert [row["aim"] for row in rows if row["at_1"] is None] == [150, 5.0] * len(names)
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def test_a_crash_and_an_early_exit_are_runtime_errors(
 
 
 def test_the_wall_clock_is_the_submissions_own(judge: Judge) -> None:
-    hurried = Judge(make_sandbox("process"), limits=Limits(**{**_fields(_TRUSTED), "wall_s": 4}))
+    hurried = Judge(make_sandbox("process"), limits=Limits(**{**_fields(_TRUSTED), "wall_s": 6}))
     for problem, solution in (
         (_CALLS, "import time\ndef f(x):\n    time.sleep(1e9)"),
         (_ASSERTS, "import time\ndef f(x):\n    time.sleep(1e9)"),
@@ -250,7 +250,7 @@ def test_equal_submissions_are_judged_once_and_come_back_in_order(judge: Judge) 
     backend = _Counting()
     many = Judge(backend, limits=_TRUSTED).judge_all([_INCREMENT, "def f(x):\n    return x"] * 8, _CALLS)
     assert [verdict.verdict for verdict in many] == ["AC", "WA"] * 8
-    assert backend.opened == 2
+    assert backend.opened == 3  # one for the program that proves the world
 
 
 def test_what_had_no_turn_before_the_deadline_has_no_verdict() -> None:
@@ -270,7 +270,7 @@ def test_no_more_than_at_once_run_at_a_time() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (backend.opened, backend.most_open) == (4, 1)
+    assert (backend.opened, backend.most_open) == (5, 1)
 
 
 def test_a_lost_sandbox_is_tried_once_more_and_then_raised() -> None:
@@ -279,6 +279,11 @@ def test_a_lost_sandbox_is_tried_once_more_and_then_raised() -> None:
         Judge(_Counting(failures=2), limits=_TRUSTED).judge(_INCREMENT, _CALLS)
     (lost,) = Judge(_Counting(failures=2), limits=_TRUSTED).judge_all([_INCREMENT], _CALLS)
     assert lost.fault == "world"
+
+
+def test_a_world_without_python_is_no_verdict() -> None:
+    with pytest.raises(SandboxLost, match="a known-good program got RE in the sandbox 'counting'"):
+        Judge(_Counting(command="no-such-python"), limits=_TRUSTED).judge(_INCREMENT, _CALLS)
 
 
 def test_waiting_counts_as_waiting() -> None:
@@ -305,7 +310,8 @@ class _Counting:
 
     name = "counting"
 
-    def __init__(self, *, failures: int = 0) -> None:
+    def __init__(self, *, failures: int = 0, command: str = "python3") -> None:
+        self.command = command
         self._inner = make_sandbox("process")
         self._failures = failures
         self._lock = threading.Lock()
@@ -340,7 +346,7 @@ class _Closing:
         self._inner, self._backend = inner, backend
 
     def run(self, argv: list[str], **how: object) -> ExecResult:
-        return self._inner.run(argv, **how)  # type: ignore[arg-type]
+        return self._inner.run([self._backend.command, *argv[1:]], **how)  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._inner.close()

@@ -1,7 +1,7 @@
 """What a policy tries against a verdict, against each kind of test: none of it may be accepted.
 
-The attacks on verdicts, case by case; sandboxes are plain processes here, since what is tried is the judge.
-What a sandbox must hold is tried with the backends.
+The attacks on verdicts, case by case. Sandboxes are zygote's or bubblewrap's where this host can
+enforce them, else plain processes: what is tried is the judge.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from agentrl.sandbox import Limits
 _TRUSTED = Limits(
     cpu_s=None, memory_mib=None, pids=None, disk_mib=None, wall_s=60, output_kib=64, network=True
 )
+_HARDENED = Limits(wall_s=60)
 _CALLS = Problem(
     entry_point="f",
     tests=(CallTest(id="one", args=(1,), expected=731), CallTest(id="two", args=([2],), expected=[4, 6])),
@@ -209,7 +210,7 @@ def f(x): return itertools.count()
 """,
     "a mutated argument": """
 def f(x):
-    if type(x) is list: x[:] = [4, 6]
+    if type(x) is list: x.clear()
     return x
 """,
     "a deep recursion": """
@@ -293,8 +294,18 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def judge() -> Iterator[Judge]:
-    with Judge(make_sandbox("process"), limits=_TRUSTED) as made:
+    for name in ("zygote", "bubblewrap"):
+        backend = make_sandbox(name)
+        survey = backend.survey()
+        if survey.available and not survey.missing:
+            break
+        backend.close()
+    else:
+        backend = make_sandbox("process")
+    limits = _TRUSTED if backend.name == "process" else _HARDENED
+    with Judge(backend, limits=limits) as made:
         yield made
+    backend.close()
 
 
 @pytest.mark.parametrize("attack", _ATTACKS)
@@ -302,7 +313,7 @@ def test_no_attack_passes_a_test(judge: Judge, attack: str) -> None:
     for problem in (_CALLS, _ASSERTS):
         verdict = judge.judge(_ATTACKS[attack], problem, stop_early=False)
         assert (verdict.passed, verdict.fault) == ((), "policy")
-        assert verdict.verdict in ("WA", "RE", "OLE", "CE", "TLE")
+        assert verdict.verdict in ("WA", "RE", "OLE", "CE", "TLE", "MLE")
         assert [outcome.id for outcome in verdict.outcomes] == ["one", "two"]
 
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -33,7 +33,12 @@ _TRUSTED = Limits(
 # Tasks whose own tests accept None for an answer. None of HumanEval's do.
 _ACCEPT_NONE: frozenset[str] = frozenset()
 # Tasks whose mutated reference is another right solution, or differs where no test of the task looks.
-_EQUIVALENT_MUTANTS: Mapping[str, str] = {}
+_EQUIVALENT_MUTANTS: Mapping[str, str] = {
+    "HumanEval/116": "all binary numbers without their first digit have the same order by their ones",
+    "HumanEval/127": "a composite length is taken for prime, and no test has intervals that share one",
+}
+# Tests that look at whether an object is true, a match of a regular expression: beside the solution only.
+_NEED_OBJECTS = frozenset({737, 787, 794})
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +134,12 @@ def test_all_references_of_sanitized_mbpp_are_accepted(judge: Judge) -> None:
     rows = json.loads((_DATA / "mbpp" / "sanitized-mbpp.json").read_text(encoding="utf-8"))
     submissions = []
     for row in rows:
-        tests = tuple(AssertTest(id=str(i), code=code) for i, code in enumerate(row["test_list"]))
-        setup = "\n".join(row["test_imports"])
+        trust: Literal["remote", "shared"] = "shared" if row["task_id"] in _NEED_OBJECTS else "remote"
+        tests = tuple(
+            AssertTest(id=str(i), code=code, trust=trust) for i, code in enumerate(row["test_list"])
+        )
+        used = [node for node in ast.parse(row["code"]).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        setup = "\n".join([*map(ast.unparse, used), *row["test_imports"]])
         problem = Problem(tests=tests, entry_point=_called(row["test_list"][0], row["code"]), setup=setup)
         submissions.append((str(row["task_id"]), problem, row["code"]))
     assert len(submissions) == 427
@@ -165,4 +174,10 @@ def test_all_references_of_evalplus_are_accepted(judge: Judge, path: str) -> Non
 
 
 def _inputs(row: dict[str, Any]) -> list[list[Any]]:
-    return [list(args) for args in [*row["base_input"], *(row["plus_input"] or [])]]
+    """What JSON can't write is written otherwise in three tasks of MBPP+."""
+    inputs = [list(args) for args in [*row["base_input"], *(row["plus_input"] or [])]]
+    if row["task_id"] == "Mbpp/106":
+        return [[args[0], tuple(args[1])] for args in inputs]
+    if row["task_id"] in ("Mbpp/124", "Mbpp/252"):
+        return [[complex(value) if isinstance(value, str) else value for value in args] for args in inputs]
+    return inputs

@@ -97,3 +97,13 @@ def test_another_machine_has_its_own_numbers_and_an_unknown_one_none() -> None:
         assert program is not None
         assert len(program) % 8 == 0
     assert deny_list("x86_64") != deny_list("aarch64")
+
+
+@_x86_64
+def test_what_makes_sandboxes_may_mount_and_unshare_but_nothing_else() -> None:
+    code = _INSTALL.replace("deny_list", repr(deny_list(making=True)), 1)
+    code += (
+        "print(refused(165, 0, 0, 0, 0, 0), refused(272, 0), refused(250, 0, -3, 0), refused(321, 0, 0, 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout in ("EFAULT done EPERM EPERM\n", "EPERM done EPERM EPERM\n"), done.stderr

@@ -1,0 +1,322 @@
+"""The docker backend and its engine: pools, owners that die, engines that go away, what is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from containers import IMAGE, LIMITS, changed, containers, docker, docker_backend, run_python, until
+
+from agentrl import container_meter
+from agentrl.errors import BadConfig
+from agentrl.sandbox import SandboxLost
+
+# The SDK leaves the socket of a connection that is refused or breaks to the garbage collector.
+pytestmark = [pytest.mark.docker, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
+
+_SOCKET = "/var/run/docker.sock"
+
+
+def test_a_container_that_is_killed_from_outside_is_the_worlds() -> None:
+    with closing(docker_backend()) as backend:
+        sandbox = backend.open(LIMITS)
+        killer = threading.Timer(0.5, lambda: docker("kill", *containers()))
+        killer.start()
+        result = sandbox.run(["sleep", "60"])
+        killer.join()
+        assert (result.status, result.fault) == ("lost", "world")
+        with pytest.raises(SandboxLost, match="was lost"):
+            sandbox.run(["true"])
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+# -- an engine that goes away: a gate before the real one --
+
+
+class _Gate:
+    """A socket that passes on to the engine until it is cut or frozen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "engine.sock"
+        self._listening = socket.socket(socket.AF_UNIX)
+        self._listening.bind(str(self.path))
+        self._listening.listen(64)
+        self._ends: list[socket.socket] = []
+        self._is_open = threading.Event()
+        self._is_open.set()
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def cut(self) -> None:
+        """As an engine that is stopped."""
+        with suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._is_open.set()
+        for end in self._ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for end in (*self._ends, self._listening):
+            end.close()
+
+    def freeze(self) -> None:
+        """As an engine that hangs."""
+        self._is_open.clear()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                ours, _ = self._listening.accept()
+            except OSError:
+                return
+            theirs = socket.socket(socket.AF_UNIX)
+            theirs.connect(_SOCKET)
+            self._ends += [ours, theirs]
+            for ends in ((ours, theirs), (theirs, ours)):
+                thread = threading.Thread(target=self._pass_on, args=ends)
+                thread.start()
+                self._threads.append(thread)
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._is_open.wait()
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def _running() -> list[str]:
+    """Without what was made while nobody could be told of it: that is for the sweep."""
+    return docker("ps", "-q", "--filter", f"name=agentrl-{os.getpid()}-").split()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[_Gate]:
+    made = _Gate(tmp_path)
+    yield made
+    made.cut()
+    for unseen in containers():
+        with suppress(subprocess.CalledProcessError):  # on its way out by itself
+            docker("rm", "-f", unseen)
+
+
+def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: _Gate) -> None:
+    backend = docker_backend(base_url=f"unix://{gate.path}", pool=1, patience_s=20)
+    sandbox, idle = backend.open(LIMITS), backend.open(LIMITS)
+    assert sandbox.run(["true"]).status == "ok"
+    stop = threading.Timer(0.5, gate.cut)
+    stop.start()
+    result = sandbox.run(["sleep", "60"])
+    stop.join()
+    assert (result.status, result.fault) == ("lost", "world")
+    for use in (
+        lambda: sandbox.run(["true"]),
+        lambda: idle.run(["true"]),
+        lambda: idle.read("file"),
+        lambda: backend.open(LIMITS),
+    ):
+        with pytest.raises(SandboxLost):
+            use()
+    backend.close()
+    assert until(lambda: not _running()), "hung up on, a container ends and is removed"
+
+
+def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: _Gate) -> None:
+    backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=12)
+    sandbox = backend.open(LIMITS)
+    freeze = threading.Timer(0.3, gate.freeze)
+    freeze.start()
+    begun = time.monotonic()
+    result = sandbox.run(["sleep", "60"], limits=changed(wall_s=1))
+    freeze.join()
+    assert (result.status, result.fault) == ("lost", "world")
+    assert time.monotonic() - begun < 60
+    with pytest.raises(SandboxLost):
+        backend.open(LIMITS)
+    gate.cut()
+    backend.close()
+    assert until(lambda: not _running())
+
+
+def test_an_engine_that_comes_back_serves_the_same_backend(gate: _Gate, tmp_path: Path) -> None:
+    first = gate
+    backend = docker_backend(base_url=f"unix://{first.path}", pool=1, patience_s=20)
+    backend.open(LIMITS).close()
+    assert until(lambda: len(containers()) == 1)  # the one kept ready
+    first.cut()
+    first.path.unlink()
+    with pytest.raises(SandboxLost):
+        backend.open(LIMITS)
+    second = _Gate(tmp_path)
+    assert backend.open(LIMITS).run(["echo", "back"]).stdout == b"back\n"
+    backend.close()
+    second.cut()
+    assert until(lambda: not _running())
+
+
+def test_no_engine_is_said_so(tmp_path: Path) -> None:
+    with closing(docker_backend(base_url=f"unix://{tmp_path}/none", patience_s=2)) as backend:
+        assert not backend.survey().available
+        with pytest.raises(BadConfig, match="not available here: the Docker engine could not .* docker info"):
+            backend.open(LIMITS)
+
+
+def test_what_the_engine_lacks_is_named() -> None:
+    with (
+        closing(docker_backend(image="no-such-image:1")) as backend,
+        pytest.raises(BadConfig, match="docker pull no-such-image:1, or name another"),
+    ):
+        backend.open(LIMITS)
+    with (
+        closing(docker_backend(runtime="no-such-runtime")) as backend,
+        pytest.raises(BadConfig, match="no runtime 'no-such-runtime', only .*gvisor"),
+    ):
+        backend.open(LIMITS)
+
+
+def test_where_no_cgroup_can_be_read_the_engine_is_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(container_meter, "_CGROUPS", tmp_path)
+    with closing(docker_backend()) as backend:
+        sandbox = backend.open(LIMITS)
+        assert run_python(sandbox, "x = bytearray(300 << 20)").status == "memory"
+        result = run_python(sandbox, "while True: pass", cpu_s=1)
+        assert (result.status, result.fault) == ("cpu", "policy")
+        assert 800 < result.cpu_ms < 8000
+        assert run_python(sandbox, "print()", cpu_s=1).status == "ok"
+
+
+# -- many, and what is left --
+
+
+def test_the_pool_hands_out_each_container_once() -> None:
+    with closing(docker_backend(pool=2)) as pooled:
+        pooled.open(LIMITS).close()
+        assert until(lambda: len(containers()) >= 2)
+        names = set()
+        for _ in range(4):
+            sandbox = pooled.open(LIMITS)
+            sandbox.write("mark", b"")
+            assert sandbox.run(["sh", "-c", "ls"]).stdout == b"mark\n"
+            names.add(
+                sandbox.run(["sh", "-c", "cat /proc/self/mountinfo | grep ' /work ' | cut -d' ' -f3"]).stdout
+            )
+            sandbox.close()
+        other = pooled.open(changed(memory_mib=64))
+        assert other.run(["python3", "-c", "x = bytearray(100 << 20)"]).status == "memory"
+
+
+def test_closing_from_another_thread_ends_a_run_and_a_creation() -> None:
+    own = docker_backend(pool=1)
+    sandbox = own.open(LIMITS)
+    ends: list[Any] = []
+
+    def run() -> None:
+        ends.append(sandbox.run(["sleep", "60"]).status)
+
+    def create() -> None:
+        try:
+            own.open(changed(memory_mib=64))
+        except SandboxLost as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=work) for work in (run, create, create)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    before = set(containers())
+    own.close()
+    for thread in threads:
+        thread.join()
+    assert sorted(ends) == ["lost", *["this docker backend is closed: make another"] * 2]
+    assert before
+    assert until(lambda: not containers())
+
+
+_OWNER = f"""
+import sys, time
+from agentrl.registry import make_sandbox
+from agentrl.sandbox import Limits
+backend = make_sandbox("docker", image={IMAGE!r}, pool=1)
+sandbox = backend.open(Limits())
+def talk(channel):
+    print(channel.receive(10).decode(), flush=True)
+    time.sleep(600)
+sandbox.run(["sh", "-c", "setsid sleep 300 & echo runs; sleep 300"], stdin=talk)
+"""
+
+
+def test_nothing_outlives_an_owner_that_is_killed() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _OWNER], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent
+    )
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"runs\n"
+    assert containers(owner.pid)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    assert until(lambda: not containers(owner.pid))
+
+
+def test_a_sweep_removes_what_dead_owners_left_and_nothing_else() -> None:
+    backend = docker_backend()
+    sandbox = backend.open(LIMITS)
+    mine = docker(
+        "inspect", "--format", '{{index .Config.Labels "agentrl.sandbox.owner"}}', containers()[0]
+    ).strip()
+    where, pid, started = mine.rsplit(":", 2)
+    owners = {
+        "dead": f"{where}:{pid}:{int(started) - 1}",
+        "mine": mine,
+        "elsewhere": f"another-boot:1:{pid}:{int(started) - 1}",
+    }
+    for name, owner in owners.items():
+        docker(
+            "create",
+            "--name",
+            f"sweep-{os.getpid()}-{name}",
+            "--label",
+            f"agentrl.sandbox.owner={owner}",
+            IMAGE,
+            "true",
+        )
+    try:
+        assert backend.sweep() == 1
+        left = docker("ps", "-a", "--format", "{{.Names}}", "--filter", f"name=sweep-{os.getpid()}-").split()
+        assert sorted(left) == [f"sweep-{os.getpid()}-elsewhere", f"sweep-{os.getpid()}-mine"]
+        assert sandbox.run(["true"]).status == "ok"
+    finally:
+        docker("rm", "-f", *(f"sweep-{os.getpid()}-{name}" for name in owners if name != "dead"))
+        backend.close()
+
+
+def test_a_closed_backend_has_left_nothing() -> None:
+    own = docker_backend(pool=2)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        own.open(LIMITS).run(["sh", "-c", "sleep 100 &"])
+    own.close()
+    own.close()
+    assert not containers()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
+    with pytest.raises(SandboxLost, match="closed"):
+        own.open(LIMITS)

@@ -1,0 +1,90 @@
+"""A zygote's warm Python beside a fresh one: the same code must do the same, to the byte."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from agentrl.registry import make_sandbox
+from agentrl.sandbox import Limits, Sandbox
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    backend = make_sandbox("zygote", zygotes=1)
+    survey = backend.survey()
+    if not survey.available or survey.missing:
+        pytest.skip(f"no full zygote here: {survey.note} {dict(survey.missing)}")
+    yield backend.open(Limits(cpu_s=20, wall_s=60))
+    backend.close()
+
+
+_LIKE_A_FRESH_ONE = {
+    "print(__name__, __file__ if '__file__' in globals() else None, __spec__, __doc__)": (),
+    "import sys; print(sys.argv, sys.path[0] == '')": ("-x", "é\n", "c d"),
+    "import sys; print(sys.stdin.read().upper(), sys.stdin.encoding, sys.stdin.errors, sys.stdin.name)": (),
+    "import sys; print(sys.stdout.line_buffering, sys.stdout.errors, sys.stderr.line_buffering)": (),
+    "import sys; print(sys.stdout.mode, sys.stdin.mode, sys.__stdout__ is sys.stdout, sys.stdout.name)": (),
+    "import sys; sys.exit(3)": (),
+    "import sys; sys.exit('a word')": (),
+    "import sys; print('kept', end=''); sys.exit()": (),
+    "raise SystemExit(256 + 7)": (),
+    "import os; print('lost', end=''); os._exit(5)": (),
+    "def f():\n    return 1 / 0\nf()": (),
+    "try:\n    {}['a']\nexcept KeyError as e:\n    raise ValueError('b') from e": (),
+    "print('x'\n": (),
+    "import sys; sys.excepthook = lambda *a: print('hooked', a[0].__name__); 1 / 0": (),
+    "import atexit; atexit.register(print, 'last'); print('first')": (),
+    "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('joined'))).start()": (),
+    "class A:\n    def __del__(self): print('dropped')\na = A()": (),
+    "import os, sys; print('before', flush=True); os.close(1); print('after')": (),
+    "import os, signal; os.kill(os.getpid(), signal.SIGTERM)": (),
+    "import os; os.abort()": (),
+    "import signal; signal.raise_signal(signal.SIGINT)": (),
+    "import signal as s; print(s.getsignal(s.SIGPIPE), s.getsignal(s.SIGCHLD), s.pthread_sigmask(0, ()))": (),
+    "import os\nif os.fork() == 0:\n    print('child')\nelse:\n    os.wait(); print('parent')": (),
+    "import multiprocessing as m; q = m.SimpleQueue(); p = m.Process(target=q.put, args=(4,)); p.start()\n"
+    "print(q.get()); p.join()": (),
+    "import sys; print('\\ud800', '\\udc80' == sys.argv[1])": ("\udc80",),
+    "from __future__ import annotations\ndef f(a: nowhere): pass\nprint(f.__annotations__)": (),
+    "import __main__; x = 4; print(__main__.x, vars(__main__) is globals())": (),
+    "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))))": (),
+}
+
+
+@pytest.mark.parametrize("code", _LIKE_A_FRESH_ONE)
+def test_python_code_does_what_it_does_in_a_fresh_python(sandbox: Sandbox, code: str) -> None:
+    words = _LIKE_A_FRESH_ONE[code]
+    fresh = subprocess.run(
+        [
+            getattr(sys, "_base_executable", sys.executable),
+            "-c",
+            code,
+            *(os.fsencode(word) for word in words),
+        ],
+        input=b"some input",
+        capture_output=True,
+        env={"LANG": "C.UTF-8"},
+        timeout=60,
+    )
+    ours = sandbox.run(["python3", "-c", code, *words], stdin=b"some input")
+    code_or_signal = ours.exit_code if ours.exit_code is not None else -(ours.signal or 0)
+    assert (code_or_signal, ours.stdout, ours.stderr) == (fresh.returncode, fresh.stdout, fresh.stderr)
+
+
+def test_a_script_has_its_file_its_folder_and_its_lines_in_tracebacks(sandbox: Sandbox) -> None:
+    files = {
+        "a/main.py": b"import near, sys\nprint(__file__, sys.argv)\nnear.f()\n",
+        "a/near.py": b"def f(): 1/0\n",
+    }
+    result = sandbox.run(["python3", "a/main.py", "x"], files=files)
+    assert result.stdout == b"/work/a/main.py ['a/main.py', 'x']\n"
+    assert b'File "/work/a/main.py", line 3, in <module>\n    near.f()\n' in result.stderr
+    assert b'File "/work/a/near.py", line 1, in f\n' in result.stderr
+    assert result.stderr.count(b"File ") == 2
+    assert sandbox.run(["python3", "-I", "a/main.py"]).stderr.count(b"ModuleNotFoundError") == 1
+    assert sandbox.run(["python3", "none.py"]).exit_code == 2
