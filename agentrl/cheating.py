@@ -39,11 +39,10 @@ def attacks_on_its_verdict_score_no_more_than_wrong_answers(subject: Subject) ->
     env, starts = subject.env, subject.first_starts
     if not any(env.as_submission(start.task, "") for start in starts):
         return "it takes no programs"
-    worst = {start: _scores(subject, start, dict(enumerate(_WRONG))) for start in starts}
+    wrong = [max(_scores(subject, start, dict(enumerate(_WRONG))).values()) for start in starts]
     attacks = [attack for attack in VERDICTS if attack.name not in _STALLING]
     for place, attack in enumerate(attacks):
-        start = starts[place % len(starts)]
-        most = max(worst[start].values())
+        start, most = starts[place % len(starts)], wrong[place % len(starts)]
         paid = _scores(subject, start, {attack.name: attack.source})[attack.name]
         require(
             paid <= most + _ROUNDING,

@@ -45,6 +45,9 @@ class Workspace(SessionEnv):
         "You work in a small Python repository. Use the tools to find the bug and repair it; files that were "
         "not there are not judged. When it is done, say so in a message without a tool call."
     )
+    declared: ClassVar[Mapping[str, str]] = {
+        "a copied tool result": "the files that were left are judged, whatever is said last"
+    }
     max_turns = 16
     session_limits: ClassVar[Limits] = Limits(cpu_s=10.0, wall_s=20.0, disk_mib=32)
     seconds = 20.0

@@ -78,6 +78,7 @@ def test_the_wheel_holds_the_catalogues_and_configurations_inside_the_package(wh
         "agentrl/__init__.py",
         "agentrl/py.typed",
         "agentrl/environments/calculator.py",
+        "agentrl/environments/data/basics.jsonl",
         "agentrl/rewards/numeric.py",
         "agentrl/configs/quickstart.yaml",
     } <= names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import trusting
 from gymnasium.vector import SyncVectorEnv
 
 import agentrl
+from agentrl import cheating
 from agentrl.errors import BadConfig, BadData, UserError
+from agentrl.probes import Subject, Unsound
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Limits, SandboxLost
 from agentrl.types import Message
@@ -244,34 +247,41 @@ def hardened() -> str:
     return "bubblewrap"
 
 
-@pytest.mark.bwrap
 @pytest.mark.parametrize("turns", [1, 2])
-def test_it_passes_the_shared_checks_attacks_included(code: Any, hardened: str, turns: int) -> None:
-    report = agentrl.check(code(sandbox=hardened, turns=turns, cpu_s=3.0), episodes=2, endurance=20)
+def test_it_passes_the_shared_checks(code: Any, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing that harms a host: here programs are plain processes.
+    harmless = [attack for attack in cheating.VERDICTS if attack.name in ("leave-os-exit", "text-prose")]
+    monkeypatch.setattr(cheating, "VERDICTS", harmless)
+    report = agentrl.check(code(turns=turns), episodes=2, endurance=20)
     assert report.ok, str(report)
-    assert "attacks" in next(row.detail for row in report.rows if row.name.startswith("attacks on"))
+    assert "2 attacks" in next(row.detail for row in report.rows if row.name.startswith("attacks on"))
+
+
+@pytest.mark.bwrap
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["all", "fraction"])
+def test_no_attack_of_the_catalogue_is_paid(code: Any, hardened: str, mode: str) -> None:
+    env = code(sandbox=hardened, mode=mode, cpu_s=3.0)
+    check = cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers
+    assert int(check(Subject(env, episodes=1, endurance=10)).split()[0]) > 100
 
 
 @pytest.mark.bwrap
 def test_exit_codes_as_verdicts_are_found_out_by_the_attacks(code: Any, hardened: str) -> None:
-    from agentrl.cheating import attacks_on_its_verdict_score_no_more_than_wrong_answers as check
-    from agentrl.probes import Subject, Unsound
-
     backend = make_sandbox(hardened)
 
     def exit_code(evidence: Any) -> float:
         source = evidence.answer.partition("python\n")[2].rstrip("`\n")
         tests = "\n".join(f"assert add({n}) == {n + 3}" for n in (1, 70_000))
-        sandbox = backend.open(replace(Limits(), wall_s=5.0))
-        try:
+        with closing(backend.open(replace(Limits(), wall_s=10.0))) as sandbox:
             text = f"{source}\n{tests}\n".encode(errors="replace")
             return float(sandbox.run(["python3", "it.py"], files={"it.py": text}).status == "ok")
-        finally:
-            sandbox.close()
 
     env = code(reward=exit_code, limit=1)
     env.reset(options={"task_id": "task-3"})
-    assert env.step(program("return x + 3"))[1] == 1.0
+    assert env.step(*env.gold(env.task))[1] == 1.0
     with pytest.raises(Unsound, match="the attack 'leave-os-exit' .* scores 1, a wrong answer 0"):
-        check(Subject(env, episodes=1, endurance=10))
+        cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers(
+            Subject(env, episodes=1, endurance=10)
+        )
     backend.close()
