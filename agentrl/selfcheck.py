@@ -8,6 +8,7 @@ processes, cgroups, containers, files and descriptors than before.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from agentrl.attack import Attack
 from agentrl.attacks import COMMANDS
 from agentrl.backend_contract import CONTRACT, Check, NotEnforced
 from agentrl.bait import baited, children, containers, count_descriptors, leftovers, processes_marked
@@ -129,11 +131,15 @@ def _checks(adversarial: bool) -> Iterator[Check]:
                 name=attack.name,
                 group=attack.group,
                 needs=attack.needs,
-                play=lambda stage, attack=attack: stage.play(attack),
+                play=functools.partial(_attacked, attack=attack),
             )
         yield from SCENARIOS
         yield from CONTROLS
         yield from verdict_trials()
+
+
+def _attacked(stage: Stage, *, attack: Attack) -> str:
+    return stage.play(attack)
 
 
 def _chosen(checks: Iterable[Check], only: Sequence[str]) -> list[Check]:
@@ -184,7 +190,7 @@ def _traces(
 
     def found() -> dict[str, str]:
         alive = [pid for mark in stage.marks[-200:] for pid in processes_marked(mark)]
-        more = {
+        more: dict[str, list[Any]] = {
             "no process survives": sorted({*alive, *(children() - processes)}),
             "no cgroup or file is left": sorted(leftovers(f"-{os.getpid()}-") - paths),
             "no container is left": sorted(containers() - engines),

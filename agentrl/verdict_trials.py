@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 from agentrl.attack import Attack, Kind
@@ -80,5 +81,5 @@ def verdict_trials() -> Iterator[Check]:
                 name=f"{attack.name} [{kind}]",
                 group="verdicts",
                 needs=_NEEDS,
-                play=lambda stage, attack=attack, kind=kind: _withstands(stage, attack, kind),
+                play=functools.partial(_withstands, attack=attack, kind=kind),
             )
