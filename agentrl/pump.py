@@ -27,6 +27,7 @@ End = Literal["exit", "cpu", "wall", "output", "closed", "talked", "hangup"]
 _READ_BYTES = 1 << 16
 _LOOK_S = 0.02  # between two looks at the CPU clock
 _FLOOD = 16  # times what is kept of an output: more ends the command
+_MOST_UNHEARD = 64 << 20  # bytes said to a talk that does not listen, because it still speaks
 _DRAIN_S = 1.0  # after the end, for what is still in the pipes
 
 
@@ -107,7 +108,7 @@ def drive(pipes: Pipes, clock: Clock, *, stdin: bytes | Talk, limits: Limits) ->
                 pump.turn()
         else:
             stdin(pump)
-            end = "talked"
+            end = "talked" if pump.over in (None, "exit") else pump.over  # also where it put up with Gone
     except _Over as over:
         end = over.end
     except Gone:
@@ -181,6 +182,8 @@ class _Pump:
             self._write()  # most of the time there is room
             while self._input:
                 self._turn_or_gone()
+                if self.over:  # it ended: what it said last can be heard, and nobody reads any more
+                    raise Gone
         finally:
             if self._pipes.stdin in self._open:
                 self._poll.unregister(self._pipes.stdin)
@@ -239,7 +242,7 @@ class _Pump:
         return max(min(_LOOK_S, self._until - time.monotonic()), 0)
 
     def _look(self) -> None:
-        if self.stdout.is_flood or self.stderr.is_flood:
+        if self.stdout.is_flood or self.stderr.is_flood or len(self._heard) > _MOST_UNHEARD:
             raise _Over("output")
         now = time.monotonic()
         if self._until is not None and now >= self._until:

@@ -61,13 +61,13 @@ CONTROLS: tuple[Check, ...] = tuple(
             name=f"a right answer is accepted [{kind}]",
             group="verdicts",
             needs=_NEEDS,
-            play=lambda stage, kind=kind: _accepts(stage, kind),
+            play=functools.partial(_accepts, kind=kind),
         ),
         Check(
             name=f"a wrong answer is rejected [{kind}]",
             group="verdicts",
             needs=_NEEDS,
-            play=lambda stage, kind=kind: _rejects(stage, kind),
+            play=functools.partial(_rejects, kind=kind),
         ),
     )
 )

@@ -6,12 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from agentrl.errors import BadConfig
 from agentrl.registry import make_sandbox
-from agentrl.sandbox import Channel, Limits, Sandbox, SandboxLost
+from agentrl.sandbox import Channel, Gone, Limits, Sandbox, SandboxLost
 
 _TRUSTED = Limits(
     cpu_s=None, memory_mib=None, pids=None, disk_mib=None, wall_s=20, output_kib=1024, network=True
@@ -105,6 +106,35 @@ def test_a_talk_ends_at_the_wall_clock(sandbox: Sandbox) -> None:
     limits = Limits(**{**_limits(), "wall_s": 0.3})
     result = sandbox.run(["sleep", "60"], stdin=lambda channel: print(channel.receive(1)), limits=limits)
     assert result.status == "wall"
+
+
+def test_a_talk_that_puts_up_with_the_end_does_not_hide_a_limit(sandbox: Sandbox) -> None:
+    def talk(channel: Channel) -> None:
+        with suppress(Gone):
+            channel.receive(1)
+
+    limits = Limits(**{**_limits(), "wall_s": 0.3})
+    assert sandbox.run(["sleep", "60"], stdin=talk, limits=limits).status == "wall"
+
+
+def test_speaking_to_one_who_left_words_behind_ends(sandbox: Sandbox) -> None:
+    heard = []
+
+    def talk(channel: Channel) -> None:
+        with pytest.raises(Gone):
+            channel.send(bytes(1 << 20))  # a grandchild holds the other end open and does not read
+        heard.append(channel.receive(100))
+
+    result = sandbox.run(["sh", "-c", "sleep 60 <&0 >/dev/null 2>&1 & echo last; exit 3"], stdin=talk)
+    assert heard == [b"last\n"]
+    assert result.wall_ms < 15_000
+
+
+def test_a_flood_that_nobody_listens_to_is_ended(sandbox: Sandbox) -> None:
+    def talk(channel: Channel) -> None:
+        channel.send(bytes(1 << 20))
+
+    assert sandbox.run(["sh", "-c", "exec cat /dev/zero"], stdin=talk).status == "output"
 
 
 def test_a_bug_in_a_talk_comes_out_and_nothing_survives(sandbox: Sandbox) -> None:
