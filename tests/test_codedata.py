@@ -75,6 +75,7 @@ def test_mbpp_tests_that_need_the_solutions_classes_are_shared() -> None:
     }
     (test,) = task(row).problem.tests
     assert test.trust == "shared"  # type: ignore[union-attr]
+    assert task({**MBPP, "task_id": 737}).problem.tests[0].trust == "shared"  # type: ignore[union-attr]
 
 
 def test_bundled_rows_show_their_visible_tests_and_no_other() -> None:

@@ -63,7 +63,7 @@ def test_where_no_sandbox_is_left_episodes_are_invalid_and_none_is_scored(
 ) -> None:
     base = (
         tmp_path / "code" / "base"
-    )  # made of gold episodes, which are judged too: the storm comes after them
+    )  # made of gold episodes, judged too: the storm comes after
     monkeypatch.setattr(trusting.Losing, "loses", staticmethod(lambda number: base.exists()))
     with pytest.raises(TooManyInvalid, match="4 of 4 .* at the boundary 'sandbox'.*fell over"):
         agentrl.train(settings(tmp_path, "trusting:Losing", retries=1))
