@@ -67,8 +67,6 @@ _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "sandbox": {
         "docker": "agentrl.sandboxes.docker:Docker",
         "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
-        "bubblewrap": "agentrl.sandboxes.bubblewrap:Bubblewrap",
-        "docker": "agentrl.sandboxes.docker:Docker",
         "process": "agentrl.sandboxes.process:Process",
         "zygote": "agentrl.sandboxes.zygote:Zygote",
     },
