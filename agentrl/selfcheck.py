@@ -8,16 +8,15 @@ processes, cgroups, containers, files and descriptors than before.
 
 from __future__ import annotations
 
-import functools
 import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
-from agentrl.attack import Attack
 from agentrl.attacks import COMMANDS
 from agentrl.backend_contract import CONTRACT, Check, NotEnforced
 from agentrl.bait import baited, children, containers, count_descriptors, leftovers, processes_marked
@@ -131,15 +130,11 @@ def _checks(adversarial: bool) -> Iterator[Check]:
                 name=attack.name,
                 group=attack.group,
                 needs=attack.needs,
-                play=functools.partial(_attacked, attack=attack),
+                play=partial(Stage.play, attack=attack),
             )
         yield from SCENARIOS
         yield from CONTROLS
         yield from verdict_trials()
-
-
-def _attacked(stage: Stage, *, attack: Attack) -> str:
-    return stage.play(attack)
 
 
 def _chosen(checks: Iterable[Check], only: Sequence[str]) -> list[Check]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
+from functools import partial
 
 from agentrl.attack import Attack, Kind
 from agentrl.attack_targets import KINDS, RIGHT, WRONG, judged, verdict_of
@@ -61,13 +61,13 @@ CONTROLS: tuple[Check, ...] = tuple(
             name=f"a right answer is accepted [{kind}]",
             group="verdicts",
             needs=_NEEDS,
-            play=functools.partial(_accepts, kind=kind),
+            play=partial(_accepts, kind=kind),
         ),
         Check(
             name=f"a wrong answer is rejected [{kind}]",
             group="verdicts",
             needs=_NEEDS,
-            play=functools.partial(_rejects, kind=kind),
+            play=partial(_rejects, kind=kind),
         ),
     )
 )
@@ -81,5 +81,5 @@ def verdict_trials() -> Iterator[Check]:
                 name=f"{attack.name} [{kind}]",
                 group="verdicts",
                 needs=_NEEDS,
-                play=functools.partial(_withstands, attack=attack, kind=kind),
+                play=partial(_withstands, attack=attack, kind=kind),
             )
