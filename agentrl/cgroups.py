@@ -152,12 +152,24 @@ class Group:
         return self._read(self._layout.peak) if self._layout else 0
 
     def pids(self) -> list[int]:
-        """Of the processes inside that have not ended."""
+        """Of the processes inside that have not ended; none only if there is none."""
+        listed = self._listed()
+        while True:
+            running = [pid for pid in listed if is_running(pid)]
+            if running or not listed:
+                return running
+            # One may have been forked behind the list by another that has ended since.
+            again = self._listed()
+            if {*again} <= {*listed}:
+                return []
+            listed = again
+
+    def _listed(self) -> list[int]:
         for controller in ("unified", "freezer", "pids", "memory", "cpuacct"):
             if controller in self._folders:
                 with suppress(OSError):  # it is removed
-                    listed = self._content(controller, "cgroup.procs").split()
-                    return [int(pid) for pid in listed if is_running(int(pid))]
+                    # Opened anew: v1 says the same for a second to who reads again without.
+                    return [int(pid) for pid in _words(self._folders[controller] / "cgroup.procs")]
         return []
 
     def kill(self) -> None:
@@ -406,8 +418,8 @@ def _limit_memory_v1(folder: Path, most: int) -> None:
 
 
 def _remove(folder: Path) -> bool:
-    """Whether a group's folder is gone; the last process may take a moment to leave it."""
-    until = time.monotonic() + 1.0
+    """Whether a group's folder is gone; on a busy machine, the dead take a while to leave it."""
+    until = time.monotonic() + _KILL_S
     while True:
         try:
             folder.rmdir()

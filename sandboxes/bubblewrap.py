@@ -237,8 +237,10 @@ class _Session:
         """Kill what runs, then remove directory and group."""
         self._closing.set()
         with self._running:
-            self._group.close()
-            self._work.remove()
+            try:
+                self._group.close()
+            finally:
+                self._work.remove()
         self._on_close(self)
 
     def _check_open(self) -> None:
