@@ -195,9 +195,12 @@ done()
 import fcntl, os, time
 from probe import *
 file = open("locked", "w")
-fcntl.flock(file, fcntl.LOCK_EX)
-fcntl.lockf(file, fcntl.LOCK_EX)
-fcntl.fcntl(file, 1024, 1)
+for lock in (lambda: fcntl.flock(file, fcntl.LOCK_EX), lambda: fcntl.lockf(file, fcntl.LOCK_EX),
+             lambda: fcntl.fcntl(file, 1024, 1)):
+    try:
+        lock()
+    except OSError:
+        pass
 done()
 """,
         check=lambda seen: "" if seen.seconds < 5 else f"it took {seen.seconds:.1f} s",

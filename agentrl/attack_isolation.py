@@ -37,9 +37,12 @@ import glob
 from probe import *
 for path in glob.glob("/proc/*/environ") + glob.glob("/proc/*/task/*/environ") + ["/proc/1/environ"]:
     try:
-        print(open(path, "rb").read())
+        data = open(path, "rb").read()
     except OSError:
-        pass
+        continue
+    if FACTS["secret_begins"].encode() in data:
+        broke(f"{path} has the secret")
+    print(data)
 done()
 """,
         **_ENVIRONMENT,

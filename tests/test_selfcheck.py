@@ -20,13 +20,11 @@ from agentrl.errors import BadConfig
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import GUARANTEES, LIMITS, Backend, Limits, Survey
 from agentrl.selfcheck import Report, self_check
-from agentrl.stage import SELF_CHECK_LIMITS
 
 # What a host survives of the catalogue where nothing is enforced.
 _HARMLESS = (
     "read-other-environments",
     "read-a-home",
-    "read-shadow",
     "find-other-rollouts",
     "connect-to-sockets",
     "reach-the-host",
@@ -41,7 +39,6 @@ _HARMLESS = (
     "memory-in-a-memfd",
     "fill-work",
     "links-to-the-host",
-    "burn",
 )
 
 
@@ -227,8 +224,10 @@ def test_every_attack_of_the_catalogue_is_withstood(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bubblewrap", "zygote"])
-def test_the_contract_is_kept(name: str) -> None:
+def test_a_word_of_the_contract_is_kept(name: str) -> None:
+    """All of it is among the slow ones."""
     _available(name).close()
-    report = self_check(name)
+    promises = ["limit: memory, and life goes on", "a talk is heard and hears", "files persist in a session"]
+    report = self_check(name, only=promises)
     assert [f"{row.name}: {row.detail}" for row in report.broken] == []
-    assert SELF_CHECK_LIMITS.pids is not None
+    assert {*promises} <= {row.name for row in report.rows if row.result == "held"}
