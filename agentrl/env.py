@@ -90,7 +90,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
 
     def tasks(self, split: str) -> Iterable[Task]:
         """The tasks of a split: a sequence, or any iterable, which is read as far as needed."""
-        raise NotImplementedError(f"{type(self).__name__} must define tasks(split)")
+        raise UserError(f"{type(self).__name__} has no tasks: define tasks(split), see agentrl.Env")
 
     def gold(self, task: Task) -> Sequence[Message]:
         """The assistant messages of a right episode of ``task``."""

@@ -20,6 +20,7 @@ from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData
 from agentrl.memory import available_mib, check_memory, plan_memory
 from agentrl.modelfiles import ModelFiles, find_model_files
+from agentrl.parsers import VLLM_PREFIX, get_parser
 from agentrl.registry import make
 from agentrl.types import Task
 
@@ -31,6 +32,8 @@ _LOOKED_AT = 1024  # tasks of a split among which the longest prompt is sought
 def check_run(config: RunConfig, *, device: str = "cpu") -> None:
     """Raises UserError for what is wrong with a run's plan on ``device``; writes nothing."""
     check_writable(Path(config.output) / config.name, key="output")
+    if config.model.parser is not None and not config.model.parser.startswith(VLLM_PREFIX):
+        get_parser(config.model.parser)  # vLLM's need a tokenizer, which only a model on disk has yet
     splits = (config.environment.train, config.environment.held_out)
     with closing(make(config.environment.id, **config.environment.args)) as env:
         check_splits(env, splits)

@@ -234,6 +234,11 @@ def _telling_why(place: str, kind: Kind) -> Iterator[None]:
     """What a module lacks, however deep inside, becomes one line with its place; a bug in it stays a bug."""
     try:
         yield
+    except SystemExit as error:
+        raise UnknownName(
+            f"can't import the {kind}'s module {place!r}: it exits ({error.code!r}) when imported; put what "
+            "it runs under: if __name__ == '__main__'"
+        ) from error
     except (ImportError, SyntaxError) as error:
         missing = isinstance(error, ModuleNotFoundError) and place.startswith(error.name or " ")
         where = "" if missing else _origin(error)

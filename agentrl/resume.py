@@ -21,7 +21,7 @@ import torch
 import transformers
 import yaml
 
-from agentrl.errors import BadConfig
+from agentrl.errors import BadConfig, did_you_mean
 
 __all__ = ["Process", "accepted_changes", "tokenizer_digest"]
 
@@ -83,6 +83,12 @@ def accepted_changes(root: Path, before: str, now: str, *, accept: Sequence[str]
     out. Raises BadConfig for any other that is not accepted or that can't change within the run in ``root``.
     """
     old, new = (dict(_flat(yaml.safe_load(text))) for text in (before, now))
+    for place in accept:
+        if place != "tokenizer" and not any(_is_in(key, [place]) for key in {**old, **new}):
+            raise BadConfig(
+                f"accept names {place!r}, which is no setting{did_you_mean(place, {**old, **new})}; name "
+                "keys or sections in which the configuration may differ"
+            )
     changed = [key for key in {**old, **new} if not _is_in(key, _FREE) and not _equal(key, old, new)]
     fixed = [key for key in changed if _is_in(key, _FIXED)]
     refused = [key for key in changed if key not in fixed and not _is_in(key, accept)]

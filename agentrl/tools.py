@@ -50,7 +50,7 @@ class Tool:
     parameters: Mapping[str, Any]  # JSON schema of the arguments, an object without references
     function: Callable[..., Any]  # sync or async; takes the arguments by keyword
     deadline_s: float | None = None  # of one call; None: the environment's
-    remote: bool = False  # True: OSError and time-outs are the world's fault, not the model's
+    remote: bool = False  # True: OSError, httpx's TransportError and time-outs are the world's fault
     adapter: TypeAdapter[dict[str, Any]] = field(repr=False, compare=False)  # validates arguments
 
     def schema(self) -> dict[str, Any]:
@@ -80,15 +80,15 @@ class Tool:
     async def run(self, arguments: Mapping[str, Any], *, deadline_s: float | None = None) -> Any:
         """Call the function; ``deadline_s`` holds where the tool has none of its own.
 
-        Raises ToolLate at the deadline and whatever the function raises; a remote tool's deadline, OSError
-        and TimeoutError are WorldErrors.
+        Raises ToolLate at the deadline and whatever the function raises; a remote tool's deadline, OSError,
+        TimeoutError and httpx's TransportError are WorldErrors.
         """
         seconds = deadline_s if self.deadline_s is None else self.deadline_s
         scope = asyncio.timeout(seconds)
         try:
             async with scope:
                 return await self._call(arguments)
-        except OSError as error:  # TimeoutError is one
+        except _network_errors() as error:
             if self.remote:
                 why = f"took over {seconds:g} s" if scope.expired() else f"{type(error).__name__}: {error}"
                 raise WorldError(f"the remote tool {self.name} failed: {why}") from error
@@ -148,6 +148,12 @@ def as_tool(function: Callable[..., Any]) -> Tool:
         adapter=adapter,
         **options,
     )
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What a connection fails with: OSError (TimeoutError is one), and httpx's, where anybody loaded it."""
+    httpx = sys.modules.get("httpx")
+    return (OSError,) if httpx is None else (OSError, httpx.TransportError)
 
 
 def as_text(result: object, *, most_chars: int) -> tuple[str, int]:

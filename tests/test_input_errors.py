@@ -175,6 +175,19 @@ CASES: dict[str, Case] = {
     "a module that is no Python": Case(
         "check broken_env:Env", ("SyntaxError", "broken_env.py, line 1"), {"broken_env.py": "class Env(:\n"}
     ),
+    "a module that exits when imported": Case(
+        "check broken_env:Env",
+        ("UnknownName", "it exits (3) when imported", "__main__"),
+        {"broken_env.py": "raise SystemExit(3)\n"},
+    ),
+    "an environment without tasks": Case(
+        "check broken_env:Empty",
+        ("UserError: Empty has no tasks: define tasks(split)",),
+        {"broken_env.py": "import agentrl\nclass Empty(agentrl.ToolEnv):\n    reward = 'exact'\n"},
+    ),
+    "an unknown parser for a model made on the spot": Case(
+        "train quickstart model.parser=hermse", ("UnknownName", "'hermse'", "did you mean 'hermes'?")
+    ),
     "a file that is no Python": Case(
         "check ./broken_env.py:Env",
         ("SyntaxError", "broken_env.py, line 1"),

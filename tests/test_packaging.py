@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-_SOURCES = ("agentrl", "environments", "rewards", "configs", "pyproject.toml", "README.md", "LICENSE")
+_SOURCES = (
+    "agentrl",
+    "environments",
+    "rewards",
+    "sandboxes",
+    "configs",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 _A_SHORT_RUN = (
     "steps=1 optimizer.warmup_steps=0 rollout.tasks_per_step=2 model.tiny.texts=64 "
     "warm_start.episodes=64 warm_start.steps=2 warm_start.probe_every=1 warm_start.probe_tasks=2 "

@@ -219,13 +219,13 @@ def test_the_order_of_keys_and_what_changes_no_number_may_differ() -> None:
 def test_the_keys_that_differ_are_named_with_the_way_to_accept_them() -> None:
     now = BEFORE.replace("[1, 2]", "[1], seed: 3").replace("steps: 4", "steps: 6")
     with pytest.raises(BadConfig) as caught:
-        changes(now, "optimizer")
+        changes(now, "lora")
     said = str(caught.value)
     for part in (
         "steps was 4 and is 6",
         "environment.args.levels was [1, 2] and is [1]",
         "environment.args.seed was 'not set' and is 3",
-        "--accept optimizer,steps,environment.args.levels,environment.args.seed",
+        "--accept lora,steps,environment.args.levels,environment.args.seed",
     ):
         assert part in said
     assert "alpha" not in said
@@ -236,7 +236,13 @@ def test_a_key_is_accepted_by_its_name_or_by_its_sections() -> None:
     assert changes(now, "environment", "steps") == ["steps", "environment.args.levels"]
     assert changes(now, "environment.args.levels", "steps") == ["steps", "environment.args.levels"]
     with pytest.raises(BadConfig, match="steps was 4"):
-        changes(now, "environment", "step")
+        changes(now, "environment", "lora")
+
+
+def test_what_is_accepted_is_a_setting() -> None:
+    with pytest.raises(BadConfig, match="accept names 'step', which is no setting; did you mean 'steps'"):
+        changes(BEFORE, "environment", "step")
+    assert changes(BEFORE, "tokenizer") == []
 
 
 def test_the_shape_of_the_adapter_can_not_be_accepted() -> None:

@@ -7,6 +7,7 @@ import enum
 import threading
 from typing import Annotated, Any, Literal
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
@@ -242,8 +243,10 @@ def test_a_hung_synchronous_tool_is_given_up() -> None:
         release.set()
 
 
-@pytest.mark.parametrize("error", [OSError("no route"), TimeoutError("slow"), ConnectionError("reset")])
-def test_a_remote_tools_connection_is_the_worlds_fault(error: OSError) -> None:
+@pytest.mark.parametrize(
+    "error", [OSError("no route"), TimeoutError("slow"), ConnectionError("reset"), httpx.ReadError("cut")]
+)
+def test_a_remote_tools_connection_is_the_worlds_fault(error: Exception) -> None:
     @tool(remote=True)
     def fetch() -> None:
         raise error

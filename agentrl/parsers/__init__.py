@@ -18,9 +18,9 @@ from agentrl.types import CallStatus
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Parsed", "ParsedCall", "Parser", "detect_parser", "get_parser"]
+__all__ = ["VLLM_PREFIX", "Parsed", "ParsedCall", "Parser", "detect_parser", "get_parser"]
 
-_VLLM: Final = "vllm:"  # before the name of one of vLLM's parsers
+VLLM_PREFIX: Final = "vllm:"  # before the name of one of vLLM's parsers
 # What the templates of each family contain, the surest first.
 _TEMPLATES: Final[Mapping[str, re.Pattern[str]]] = {
     "deepseek_v3": re.compile("<｜tool▁call▁begin｜>"),
@@ -66,12 +66,12 @@ def get_parser(name: str, *, tokenizer: PreTrainedTokenizerBase | None = None) -
 
     Raises UnknownName; of vLLM's also MissingExtra and UnsupportedModel.
     """
-    if name.startswith(_VLLM):
+    if name.startswith(VLLM_PREFIX):
         from agentrl.parsers.vllm import VLLMParser
 
         if tokenizer is None:
             raise ValueError(f"get_parser({name!r}) needs the model's tokenizer: pass tokenizer=")
-        return VLLMParser(name.removeprefix(_VLLM), tokenizer=tokenizer)
+        return VLLMParser(name.removeprefix(VLLM_PREFIX), tokenizer=tokenizer)
     from agentrl.parsers.deepseek_v3 import DeepSeekV3Parser
     from agentrl.parsers.hermes import HermesParser
     from agentrl.parsers.llama3_json import Llama3JsonParser
