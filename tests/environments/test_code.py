@@ -241,7 +241,8 @@ def test_gymnasium_makes_it_and_vectors_of_it(rows: Path) -> None:
 
 @pytest.fixture
 def hardened() -> str:
-    survey = make_sandbox("bubblewrap").survey()
+    with closing(make_sandbox("bubblewrap")) as backend:
+        survey = backend.survey()
     if survey.missing or not survey.available:
         pytest.skip(survey.note or str(survey.missing))
     return "bubblewrap"
