@@ -61,9 +61,7 @@ def test_a_sandbox_that_falls_over_is_healed_by_another_and_counted(
 def test_where_no_sandbox_is_left_episodes_are_invalid_and_none_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = (
-        tmp_path / "code" / "base"
-    )  # made of gold episodes, judged too: the storm comes after
+    base = tmp_path / "code" / "base"  # made of gold episodes, judged too: the storm comes after
     monkeypatch.setattr(trusting.Losing, "loses", staticmethod(lambda number: base.exists()))
     with pytest.raises(TooManyInvalid, match="4 of 4 .* at the boundary 'sandbox'.*fell over"):
         agentrl.train(settings(tmp_path, "trusting:Losing", retries=1))
