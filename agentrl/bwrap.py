@@ -30,7 +30,7 @@ from agentrl.bwrap_process import ARGUMENTS, FILTER, REPLY, REQUEST, STATUS
 from agentrl.cgroups import Group, Hierarchy, expose
 from agentrl.pump import Pipes
 from agentrl.sandbox import Limits, SandboxLost
-from agentrl.seccomp import deny_list
+from agentrl.seccomp import deny_list, telltale_filter
 
 __all__ = [
     "SPARE_PIDS",
@@ -135,7 +135,7 @@ def _arguments(programs: Programs, view: View, *, is_filtered: bool) -> bytes:
         "--clearenv",
         *(word for name, value in environment.items() for word in ("--setenv", name, value)),
         *_system(view),
-        *("--proc", "/proc", "--dev", "/dev"),
+        *("--proc", "/proc", "--tmpfs", "/proc/1", "--remount-ro", "/proc/1", "--dev", "/dev"),
         *("--perms", "1777", *sized, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
         *("--perms", "1777", *sized, "--tmpfs", "/tmp"),
         *("--bind", str(view.work), "/work", "--chdir", "/work", "--remount-ro", "/"),
@@ -245,7 +245,7 @@ class Launcher:
         self._programs = programs
         self._is_born_inside = hierarchy.version == 1
         self._home = hierarchy.make(_UNLIMITED) if self._is_born_inside else None
-        self._filter = deny_list() or b""
+        self._filter = telltale_filter()
         self._lock = threading.Lock()
         self._starter: tuple[int, socket.socket, subprocess.Popen[bytes]] | None = None
 

@@ -12,7 +12,7 @@ import platform
 import struct
 from collections.abc import Mapping
 
-__all__ = ["deny_list"]
+__all__ = ["deny_list", "telltale_filter"]
 
 # Numbers on x86_64 and on aarch64, where the call exists, from the kernel's syscall tables.
 _DENIED: Mapping[str, tuple[int | None, int | None]] = {
@@ -92,6 +92,10 @@ _NUMBER, _ARCHITECTURE, _ARGUMENT_0, _ARGUMENT_1 = 0, 4, 16, 24  # low words in 
 _ALLOW = 0x7FFF0000
 _ERRNO = 0x00050000
 
+# fcntl, flock, inotify_init (where there is one) and inotify_init1, from the kernel's tables.
+_TELLTALE = {"x86_64": (72, 73, 253, 294), "aarch64": (25, 32, 26)}
+_TELLTALE_COMMANDS = (5, 36, 37, 38, 1026)  # of fcntl: F_GETLK, F_OFD_*, which /proc/locks shows, F_NOTIFY
+
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 
 
@@ -130,6 +134,26 @@ def deny_list(machine: str = "", *, making: bool = False) -> bytes | None:
         program += _for(number, [(_LOAD, 0, 0, _ARGUMENT_0), *allowed, unsupported])
     program.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def telltale_filter() -> bytes:
+    """The filter for untrusted code, and before it what runs could tell one another through files of all.
+
+    A lock on a file of /usr that another run can see, or notice of its being read. b"" where the machine's
+    system calls aren't known.
+    """
+    known = deny_list()
+    if known is None or platform.machine() not in _TELLTALE:
+        return b""
+    refuse = (_RETURN, 0, 0, _ERRNO | errno.ENOLCK)
+    fcntl, *calls = _TELLTALE[platform.machine()]
+    program: list[Instruction] = [(_LOAD, 0, 0, _NUMBER)]
+    for number in calls:
+        program += [(_EQUAL, 0, 1, number), refuse]
+    program += [(_EQUAL, 0, 2 * len(_TELLTALE_COMMANDS) + 1, fcntl), (_LOAD, 0, 0, _ARGUMENT_1)]
+    for command in _TELLTALE_COMMANDS:
+        program += [(_EQUAL, 0, 1, command), refuse]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program) + known
 
 
 def _for(number: int, body: list[Instruction]) -> list[Instruction]:

@@ -6,12 +6,9 @@ it; all that a zygote has started ends with the zygote. Requests may come from m
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import platform
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -22,9 +19,8 @@ from functools import cache
 from pathlib import Path
 
 from agentrl.sandbox import SandboxLost
-from agentrl.seccomp import deny_list
 
-__all__ = ["ZygoteHandle", "ZygoteSettings", "telltale_filter"]
+__all__ = ["ZygoteHandle", "ZygoteSettings"]
 
 _ANSWER_S = 60.0  # for a fork; a machine may be very busy
 _END_S = 10.0  # for a zygote to end after its socket
@@ -43,11 +39,6 @@ argv = zygote_process.live(setup)
 del setup, text, name
 zygote_python.become(argv)
 """
-
-
-# fcntl, flock, inotify_init (where there is one) and inotify_init1, from the kernel's tables.
-_TELLTALE = {"x86_64": (72, 73, 253, 294), "aarch64": (25, 32, 26)}
-_TELLTALE_COMMANDS = (5, 36, 37, 38, 1026)  # of fcntl: F_GETLK, F_OFD_*, which /proc/locks shows, F_NOTIFY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,26 +147,6 @@ class ZygoteHandle:
             self._is_lost = True
             raise SandboxLost("the zygote died")
         raise SandboxLost(answer.decode(errors="replace"))
-
-
-def telltale_filter() -> bytes:
-    """The filter for untrusted code, and before it what runs could tell one another through files of all.
-
-    A lock on a file of /usr that another run can see, or notice of its being read. b"" where the machine's
-    system calls aren't known.
-    """
-    known = deny_list()
-    if known is None or platform.machine() not in _TELLTALE:
-        return b""
-    refuse = (0x06, 0, 0, 0x00050000 | errno.ENOLCK)
-    fcntl, *calls = _TELLTALE[platform.machine()]
-    program = [(0x20, 0, 0, 0)]  # load the number
-    for number in calls:
-        program += [(0x15, 0, 1, number), refuse]
-    program += [(0x15, 0, 2 * len(_TELLTALE_COMMANDS) + 1, fcntl), (0x20, 0, 0, 24)]  # its second argument
-    for command in _TELLTALE_COMMANDS:
-        program += [(0x15, 0, 1, command), refuse]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program) + known
 
 
 @cache

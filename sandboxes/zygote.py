@@ -39,7 +39,8 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings, telltale_filter
+from agentrl.seccomp import telltale_filter
+from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings
 
 __all__ = ["PRELOAD", "Zygote"]
 
