@@ -99,8 +99,10 @@ def _child(node: str, nonce: bytes, said: int) -> None:
     path, *names = node.split("::")
     sys.dont_write_bytecode = True
     sys.pycache_prefix = tempfile.mkdtemp()  # a planted .pyc is not looked for there
+    run = (
+        _with_pytest if importlib.util.find_spec("pytest") else _without_pytest
+    )  # before theirs can be found
     sys.path += [os.getcwd(), os.path.dirname(os.path.abspath(path))]
-    run = _with_pytest if importlib.util.find_spec("pytest") else _without_pytest
     originals = [(kind, dict(vars(kind))) for kind in (unittest.TestCase, unittest.TestResult)]
     try:
         told = "passed:" if run(path, names, originals) else "failed:"

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from agentrl.errors import BadConfig, BadData
-from agentrl.judge import FileTests
 from agentrl.sandbox import check_path
 
 __all__ = ["WorkspaceTask", "parse_workspaces"]
@@ -33,15 +32,16 @@ class WorkspaceTask:
     gold: Mapping[str, str]  # the files that the repair changes
     hidden: Mapping[str, str] = field(repr=False)  # test files
 
-    def tests(self) -> FileTests:
-        """Every test function of the hidden files. Raises BadData where there are none."""
-        expected = tuple(
-            f"{path}::{node.name}"
+    def test_names(self) -> dict[str, tuple[str, ...]]:
+        """The test functions of each hidden file."""
+        return {
+            path: tuple(
+                node.name
+                for node in ast.parse(text).body
+                if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+            )
             for path, text in self.hidden.items()
-            for node in ast.parse(text).body
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-        )
-        return FileTests(files={path: text.encode() for path, text in self.hidden.items()}, expected=expected)
+        }
 
 
 def parse_workspaces(text: str, place: str) -> tuple[WorkspaceTask, ...]:

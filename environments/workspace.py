@@ -24,7 +24,7 @@ from agentrl.sandbox import ExecResult, Limits, Sandbox, SandboxLost
 from agentrl.session_env import SessionEnv
 from agentrl.tools import tool
 from agentrl.types import Message, Score, Task, ToolCall
-from agentrl.workspaces import WorkspaceTask, parse_workspaces
+from agentrl.workspaces import parse_workspaces
 
 __all__ = ["Workspace"]
 
@@ -91,7 +91,11 @@ class Workspace(SessionEnv):
             Task(
                 id=task.name,
                 prompt=(Message("user", f"{task.about}\n\nFiles: {', '.join(task.files)}"),),
-                truth={"hidden": dict(task.hidden), "gold": dict(task.gold)},
+                truth={
+                    "hidden": dict(task.hidden),
+                    "names": {path: list(names) for path, names in task.test_names().items()},
+                    "gold": dict(task.gold),
+                },
                 meta={"files": dict(task.files)},
             )
             for task in parse_workspaces(text, str(self._path))
@@ -140,9 +144,10 @@ class Workspace(SessionEnv):
         left = self._collected(files)
         if left == files:
             return Score(0.0, {"passed": 0.0, "hack_flags": 0.0}, "nothing was changed")
-        tests = WorkspaceTask(
-            name=self.task.id, split="", about="", files={}, gold={}, hidden=self.task.truth["hidden"]
-        ).tests()
+        hidden = {path: text.encode() for path, text in self.task.truth["hidden"].items()}
+        names = self.task.truth["names"]
+        expected = tuple(f"{path}::{name}" for path in names for name in names[path])
+        tests = FileTests(files=hidden, expected=expected)
         judgement = self._judged(left, tests)
         value = judgement.fraction if self._mode == "fraction" else float(judgement.verdict == "AC")
         parts = {"passed": judgement.fraction, "hack_flags": float(len(judgement.flags))}
