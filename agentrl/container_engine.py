@@ -6,6 +6,7 @@ what it can never do (no such image, no such runtime) is BadConfig.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import inspect
 import itertools
@@ -25,6 +26,7 @@ from agentrl.container_meter import EngineMeter, Meter, host_meter
 from agentrl.errors import BadConfig, MissingExtra
 from agentrl.owners import is_gone, this_process
 from agentrl.sandbox import Limits, SandboxLost
+from agentrl.seccomp import deny_list
 
 __all__ = ["Container", "Death", "Engine", "Shape"]
 
@@ -140,7 +142,7 @@ class Engine:
                 self._image,
                 name=name,
                 entrypoint=["python3", "-I", "-S", "-c", inspect.getsource(container_process)],
-                command=[],
+                command=[_filters()],
                 hostname="sandbox",
                 user=f"{_USER}:{_USER}",
                 working_dir="/work",
@@ -349,3 +351,11 @@ def _is_orphan(owner: str) -> bool:
     """Whether the process of that label lived on this machine and does no longer."""
     machine, _, mark = owner.partition(":")
     return machine == _machine() and is_gone(mark)
+
+
+def _filters() -> str:
+    """System call filters for the machines that an engine may run on, as the first process takes them."""
+    known = {machine: deny_list(machine) for machine in ("x86_64", "aarch64")}
+    return json.dumps(
+        {machine: base64.b64encode(program or b"").decode() for machine, program in known.items()}
+    )
