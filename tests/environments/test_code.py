@@ -248,6 +248,7 @@ def hardened() -> str:
     return "bubblewrap"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, 2])
 def test_it_passes_the_shared_checks(code: Any, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Nothing that harms a host: here programs are plain processes.
