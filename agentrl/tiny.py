@@ -30,11 +30,6 @@ _TAG = re.compile("|".join(map(re.escape, _SPECIAL + _TAGS)))
 # What the template writes around every text, so that the merges cover it too.
 _SCAFFOLD = ("system\n", "user\n", "assistant\n", "tool\n", '{"name": "', '", "arguments": {"', '"}}', '": ')
 
-# Copying a number means telling one position of a few dozen from the next. The usual 10,000 spreads most of
-# the rotations over contexts that no conversation here has: slow seeds then took 270 to 345 steps to learn to
-# copy, with digits out of order for long, and 75 to 145 with this.
-_ROPE_THETA = 10.0
-
 _CHAT_TEMPLATE = """\
 {%- if tools or messages[0].role == 'system' -%}
     {{- '<|im_start|>system\\n' -}}
@@ -152,7 +147,6 @@ def _make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, shape: TinySha
         head_dim=shape.hidden_size // shape.heads,
         max_position_embeddings=shape.max_position,
         tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": _ROPE_THETA},
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
