@@ -50,6 +50,6 @@ def containers(owner: int | None = None) -> list[str]:
 def until(happened: Callable[[], bool], *, within_s: float = 30.0) -> bool:
     """Whether it happens in time."""
     end = time.monotonic() + within_s
-    while not happened() and time.monotonic() < end:
+    while not (found := happened()) and time.monotonic() < end:
         time.sleep(0.05)
-    return happened()
+    return found
