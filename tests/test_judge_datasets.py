@@ -27,6 +27,7 @@ pytestmark = [
         not (_DATA / "humaneval").is_dir(), reason="AGENTRL_DATA names no folder with humaneval/"
     ),
 ]
+_long = pytest.mark.skipif("AGENTRL_LONG" not in os.environ, reason="takes long: set AGENTRL_LONG=1")
 _TRUSTED = Limits(
     cpu_s=None, memory_mib=None, pids=None, disk_mib=None, wall_s=300, output_kib=64, network=True
 )
@@ -86,6 +87,7 @@ def test_a_function_that_returns_none_is_rejected_by_every_task(judge: Judge) ->
     assert set(_wrong(judge, submissions)) == {name for name, *_ in submissions} - _ACCEPT_NONE
 
 
+@_long
 def test_a_mutated_reference_is_rejected(judge: Judge) -> None:
     submissions = [
         (name, problem, _mutated(reference, problem.entry_point))
@@ -158,6 +160,7 @@ def _called(test: str, code: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@_long
 @pytest.mark.parametrize("path", ["HumanEvalPlus-v0.1.10.jsonl.gz", "MbppPlus-v0.2.0.jsonl.gz"])
 def test_all_references_of_evalplus_are_accepted(judge: Judge, path: str) -> None:
     submissions = []
