@@ -31,7 +31,9 @@ __all__ = ["Report", "Result", "Row", "self_check"]
 
 Result = Literal["held", "BROKEN", "not enforced", "not tried"]
 
-_DESCRIPTORS_KEPT = 16  # that a backend may have open for what it keeps ready
+# That a backend may have open for what it keeps ready, connections to an engine among it. The check opens
+# hundreds of sessions, so that one descriptor lost in each is far more.
+_DESCRIPTORS_KEPT = 32
 _PATIENCE_S = 5.0  # for what a closed backend had to be gone
 
 
