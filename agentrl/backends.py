@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from agentrl.doctor import strongest
 from agentrl.errors import BadConfig, did_you_mean
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Limits
 
-__all__ = ["limits_of", "shared_backend"]
+__all__ = ["limits_of", "new_backend", "shared_backend"]
 
 
 def shared_backend(sandbox: str, limits: Limits) -> Backend:
@@ -27,7 +28,7 @@ def shared_backend(sandbox: str, limits: Limits) -> Backend:
     key: Any = (sandbox, limits) if sandbox == "auto" else sandbox
     with _lock:
         if key not in _backends:
-            _backends[key] = _strongest(limits) if sandbox == "auto" else make_sandbox(sandbox)
+            _backends[key] = new_backend(sandbox, limits)
             _backends[key].sweep()
         return _backends[key]
 
@@ -43,10 +44,9 @@ def limits_of(default: Limits, changes: Mapping[str, Any] | None, *, asked_by: s
     return replace(default, **(changes or {}))
 
 
-def _strongest(limits: Limits) -> Backend:
-    from agentrl.doctor import strongest  # it imports every backend, with what each needs
-
-    return strongest(limits)
+def new_backend(sandbox: str, limits: Limits) -> Backend:
+    """A backend of its own, the caller's to close; named, and raising, as for ``shared_backend``."""
+    return strongest(limits) if sandbox == "auto" else make_sandbox(sandbox)
 
 
 def _close() -> None:

@@ -14,8 +14,6 @@ once more in fresh sandboxes and then raised; it is also the world where a known
 
 from __future__ import annotations
 
-import atexit
-import importlib
 import os
 import threading
 import time
@@ -24,12 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Self
 
+from agentrl.backends import new_backend, shared_backend
 from agentrl.errors import BadConfig
 from agentrl.faults import healed
 from agentrl.judging import judge_once
-from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Limits, Sandbox, SandboxLost
 from agentrl.verdicts import (
     AssertTest,
@@ -78,7 +76,7 @@ class Judge:
             raise BadConfig(f"a judge has at_once={at_once!r}: it is at least 1, or None for one per core")
         self.limits = limits or Limits()
         self._owns = isinstance(sandbox, str)
-        self._backend = _backend(sandbox, self.limits)
+        self._backend = new_backend(sandbox, self.limits) if isinstance(sandbox, str) else sandbox
         self._places = _cores if at_once is None else threading.Semaphore(at_once)
         self._at_once = at_once or _core_count()
         self._is_proved, self._proving = False, threading.Lock()
@@ -206,42 +204,26 @@ def _place(places: threading.Semaphore, *, until: float | None) -> Iterator[floa
         places.release()
 
 
-def _backend(sandbox: str | Backend, limits: Limits) -> Backend:
-    if sandbox != "auto":
-        return make_sandbox(sandbox)
-    # By name, since it stands above: it knows every backend, and the self-check that uses a judge.
-    return cast("Backend", importlib.import_module("agentrl.doctor").strongest(limits))
-
-
 def _core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def shared_judge(sandbox: str = "auto", *, limits: Limits | None = None) -> Judge:
-    """This process's one judge of that configuration; closed at exit. A forked child has its own."""
-    key = (sandbox, limits or Limits())
+    """This process's one judge of that configuration, over its one backend; a forked child has its own."""
+    limits = limits or Limits()
     with _shared_lock:
-        if key not in _shared:
-            _shared[key] = Judge(sandbox, limits=limits)
-        return _shared[key]
-
-
-def _close_shared() -> None:
-    for judge in _shared.values():
-        judge.close()
+        if (sandbox, limits) not in _shared:
+            _shared[sandbox, limits] = Judge(shared_backend(sandbox, limits), limits=limits)
+        return _shared[sandbox, limits]
 
 
 def _start_anew() -> None:
     """In a forked child: sandboxes are the parent's, and its threads' places are taken for ever."""
     global _shared, _shared_lock, _cores
-    _parents.append(_shared)  # kept, neither closed nor dropped
     _shared, _shared_lock, _cores = {}, threading.Lock(), threading.Semaphore(_core_count())
 
 
-_Shared = dict[tuple[Any, ...], Judge]
 _cores = threading.Semaphore(_core_count())
-_shared: _Shared = {}
+_shared: dict[tuple[str, Limits], Judge] = {}
 _shared_lock = threading.Lock()
-_parents: list[_Shared] = []
-atexit.register(_close_shared)
 os.register_at_fork(after_in_child=_start_anew)
