@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 from containers import LIMITS, changed, containers, docker, docker_backend, run_python, said
@@ -80,6 +80,23 @@ def test_a_signal_is_reported(shared: Sandbox, code: str, number: int) -> None:
         number,
         None,
     )
+
+
+def test_sessions_leave_no_descriptor_behind() -> None:
+    def opened() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    with closing(docker_backend(pool=1)) as made:
+        counts = []
+        for _ in range(12):
+            session = made.open(LIMITS)
+            session.run(["true"])
+            session.close()
+            counts.append(opened())
+        # Connections to the engine are kept, up to a number that is soon reached.
+        assert max(counts[6:]) <= max(counts[:6]) + 2, counts
+    assert opened() <= before, (before, opened())
 
 
 def test_files_stay_from_run_to_run_until_it_is_closed(sandbox: Sandbox) -> None:
