@@ -5,17 +5,39 @@ from __future__ import annotations
 import itertools
 import operator
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 
 from agentrl.errors import BadData, UserError, WorldError
 from agentrl.types import Task
 
-__all__ = ["TaskList", "TaskStream", "draw_task", "freeze", "place_in", "task_at"]
+__all__ = ["MadeTasks", "TaskList", "TaskStream", "draw_task", "freeze", "place_in", "task_at"]
 
 _DRAWN_FROM = 1024  # tasks of a stream, whose size nobody knows, among which an unspecified one is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class MadeTasks(Sequence[Task]):
+    """A split of which no task is made before it is asked for, each time anew and always the same."""
+
+    make: Callable[[str, int], Task]  # of a split and a position in it; it can be pickled
+    split: str
+    indices: range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> MadeTasks: ...
+    def __getitem__(self, index: int | slice) -> Task | MadeTasks:
+        if isinstance(index, slice):
+            return MadeTasks(self.make, self.split, self.indices[index])
+        return self.make(self.split, self.indices[index])
 
 
 class TaskStream:

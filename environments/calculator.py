@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from random import Random
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from agentrl.errors import ToolError, UserError
 from agentrl.seeds import derive
+from agentrl.tasks import MadeTasks
 from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Message, Task, ToolCall
@@ -90,7 +91,7 @@ class Calculator(ToolEnv):
         return _OPERATIONS[op](a, b)
 
     def tasks(self, split: str) -> Sequence[Task]:
-        return _Tasks(self._recipe, split, range(self._sizes[split]))
+        return MadeTasks(self._recipe.task, split, range(self._sizes[split]))
 
     def find_task(self, task_id: str) -> Task:
         split, _, index = task_id.partition("-")
@@ -152,27 +153,6 @@ class _Recipe:
             steps.append((symbol, operand))
             value = _OPERATIONS[symbol](value, operand)
         return start, tuple(steps)
-
-
-@dataclass(frozen=True, slots=True)
-class _Tasks(Sequence[Task]):
-    """A split of which no task is made before it is asked for."""
-
-    recipe: _Recipe
-    split: str
-    indices: range
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Tasks: ...
-    def __getitem__(self, index: int | slice) -> Task | _Tasks:
-        if isinstance(index, slice):
-            return _Tasks(self.recipe, self.split, self.indices[index])
-        return self.recipe.task(self.split, self.indices[index])
 
 
 def _draw(random: Random, numbers: range) -> int:

@@ -13,14 +13,14 @@ ReTool: arXiv 2504.11536; ToRL: arXiv 2503.23383.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
 from random import Random
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar
 
 from agentrl.errors import BadConfig, UserError
 from agentrl.interpreter import Interpreter
@@ -28,6 +28,7 @@ from agentrl.questions import Questions
 from agentrl.sandbox import Limits
 from agentrl.seeds import derive
 from agentrl.session_env import SessionEnv
+from agentrl.tasks import MadeTasks
 from agentrl.tools import tool
 from agentrl.types import Message, Task, ToolCall
 
@@ -89,7 +90,7 @@ class PythonTool(SessionEnv):
 
     def tasks(self, split: str) -> Sequence[Task]:
         if self._questions is None:
-            return _Counting(self._seed, split, range(self._sizes[split]))
+            return MadeTasks(functools.partial(_counting_task, self._seed), split, range(self._sizes[split]))
         return [
             Task(
                 id=f"{split}-{index}",
@@ -180,27 +181,6 @@ def _divisible(random: Random) -> tuple[str, str, int]:
 
 
 _KINDS: tuple[Callable[[Random], tuple[str, str, int]], ...] = (_digits, _coprime, _power, _coins, _divisible)
-
-
-@dataclass(frozen=True, slots=True)
-class _Counting(Sequence[Task]):
-    """A split of which no task is made before it is asked for."""
-
-    seed: int
-    split: str
-    indices: range
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> _Counting: ...
-    def __getitem__(self, index: int | slice) -> Task | _Counting:
-        if isinstance(index, slice):
-            return _Counting(self.seed, self.split, self.indices[index])
-        return _counting_task(self.seed, self.split, self.indices[index])
 
 
 def _counting_task(seed: int, split: str, index: int) -> Task:
