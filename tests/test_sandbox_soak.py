@@ -31,10 +31,7 @@ _WORKERS = 2
 _LIMITS = Limits(cpu_s=1, wall_s=4, memory_mib=128, pids=32, disk_mib=16)
 _GROWTH_MIB = 48  # of this process, after the first fifth
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("AGENTRL_LONG" not in os.environ, reason="takes long: set AGENTRL_LONG=1"),
-]
+pytestmark = pytest.mark.slow
 
 _backends = pytest.mark.parametrize(
     "name", ["zygote", "bubblewrap", pytest.param("docker", marks=pytest.mark.docker)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -261,7 +260,6 @@ def test_it_passes_the_shared_checks(code: Any, turns: int, monkeypatch: pytest.
 
 
 @pytest.mark.bwrap
-@pytest.mark.skipif("AGENTRL_LONG" not in os.environ, reason="takes long: set AGENTRL_LONG=1")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["all", "fraction"])
 def test_no_attack_of_the_catalogue_is_paid(code: Any, hardened: str, mode: str) -> None:
