@@ -25,7 +25,10 @@ _OPEN: Final = "[TOOL_CALLS]"
 _MARKS = re.compile(rf"\[TOOL_CALLS\]|{THOUGHTS}")
 _LIST = re.compile(r"\s*+\[\s*+(?=\{)")
 _OBJECT = re.compile(r"\s*+(?=\{)")
-_NAMED = re.compile(r"\s*+(?P<name>[^\s\[\]{}<>]++)\s*+(?:\[CALL_ID\][^\s\[\]{}]*+\s*+)?+(?:\[ARGS\]\s*+)?+")
+# Neither a quote nor what stands behind one: a tag inside a cut JSON string begins no call.
+_NAMED = re.compile(
+    r"\s*+(?P<name>[^\s\[\]{}<>\"':,]++)\s*+(?:\[CALL_ID\][^\s\[\]{}]*+\s*+)?+(?:\[ARGS\]\s*+)?+"
+)
 # Where the next call of a list begins, after a bad one.
 _NEXT_OBJECT = re.compile(r'(?<=\})\s*+,\s*+(?=\{\s*+"(?:name|arguments|id)")')
 _BETWEEN = re.compile(r"\s*+,\s*+(?=\{)|\s*+\]")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentrl.parsers import Parsed, get_parser
@@ -93,6 +93,7 @@ def test_the_text_around_calls_is_kept(
 
 @families
 @given(arguments=calls)
+@example(arguments={"a": {"[TOOL_CALLS]": {}}})
 @settings(max_examples=15, deadline=None)
 def test_a_cut_text_has_no_call_that_was_not_said(family: str, arguments: dict[str, Any]) -> None:
     said = get_parser(family).render("add", arguments)
