@@ -100,6 +100,15 @@ RULES: tuple[Rule, ...] = (
         "tasks, a warm_start or a larger rollout.group_size, with a high one harder tasks",
     ),
     Rule(
+        name="programs try to cheat",
+        key="sandbox/hack_flags",
+        side="above",
+        limit=0.25,  # flags an episode: a program that calls exit() has one, now and then by mistake
+        steps=3,
+        hint="read the programs in trajectories/; see that agentrl check ENV and agentrl sandbox selfcheck "
+        "--adversarial hold here",
+    ),
+    Rule(
         name="the policy jumps",
         key="loss/policy_kl",
         side="above",

@@ -25,7 +25,8 @@ def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards, lengths, endings, calls and faults of a step's episodes; means are over the valid ones, and
     ``fault/*`` and ``tool/*`` count over all attempts at all episodes.
 
-    ``reward/*`` (the environment's units), ``group/*`` (fraction of groups whose rewards differ, standard
+    ``reward/*`` (the environment's units), ``sandbox/hack_flags`` (an episode's parts of that name, summed),
+    ``group/*`` (fraction of groups whose rewards differ, standard
     deviation within groups), ``episode/*`` (turns, sampled tokens, fractions), ``stop/*`` (fractions of
     episodes), ``call/*`` (fractions of attempted calls), ``tool/*`` (calls that a ToolError ended, that the
     deadline ended, whose result was cut), ``fault/<boundary>`` (failures of the world, those that a retry
@@ -110,9 +111,14 @@ def _rewards(groups: Sequence[Group], valid: Sequence[Trajectory]) -> dict[str, 
     rewards = np.array([trajectory.reward for trajectory in valid])
     siblings = [[trajectory.reward for trajectory in group.valid] for group in groups]
     parts: dict[str, list[float]] = {}
+    flags: list[float] = []
     for trajectory in valid:
-        for name, value in (trajectory.score.parts if trajectory.score else {}).items():
-            parts.setdefault(name, []).append(value)
+        scored = trajectory.score.parts if trajectory.score else {}
+        for name, value in scored.items():
+            if not _is_flag(name):
+                parts.setdefault(name, []).append(value)
+        if any(map(_is_flag, scored)):
+            flags.append(sum(value for name, value in scored.items() if _is_flag(name)))
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
@@ -121,7 +127,13 @@ def _rewards(groups: Sequence[Group], valid: Sequence[Trajectory]) -> dict[str, 
         "group/informative": float(np.mean([is_informative(returns) for returns in siblings])),
         "group/reward_std": float(np.mean([np.std(returns) for returns in siblings if returns])),
         **{f"reward/part/{name}": float(np.mean(values)) for name, values in sorted(parts.items())},
+        **({"sandbox/hack_flags": float(np.mean(flags))} if flags else {}),
     }
+
+
+def _is_flag(name: str) -> bool:
+    """A part that counts what looked like cheating, also where a rubric put its name before it."""
+    return name.rpartition("/")[2] == "hack_flags"
 
 
 def _lengths(valid: Sequence[Trajectory]) -> dict[str, float]:

@@ -78,6 +78,21 @@ def test_means_are_over_the_valid_episodes() -> None:
     assert described["fault/engine"] == 1.0
 
 
+def test_signs_of_cheating_are_counted_apart_from_the_reward() -> None:
+    signs = [
+        {"hack_flags": 2.0, "passed": 0.0},
+        {"code": 0.0, "code/hack_flags": 1.0, "then/hack_flags": 1.0},
+    ]
+    cheats = [dataclasses.replace(episode(), score=Score(0.0, parts)) for parts in (*signs, {"passed": 1.0})]
+    described = describe_groups([group(*cheats)])
+    assert described["sandbox/hack_flags"] == 2.0  # of the two that were watched
+    assert {key for key in described if key.startswith("reward/part/")} == {
+        "reward/part/code",
+        "reward/part/passed",
+    }
+    assert "sandbox/hack_flags" not in describe_groups([group(episode())])
+
+
 def test_groups_whose_valid_rewards_agree_are_not_informative() -> None:
     described = describe_groups(
         [
