@@ -195,9 +195,9 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
     from agentrl.preflight import check_splits
     from agentrl.registry import make
 
-    made = make(env, **parse_assignments(settings or ()))
-    check_splits(made, cast("Env", made.unwrapped).splits)
-    report = check_environment(made)
+    with closing(make(env, **parse_assignments(settings or ()))) as made:
+        check_splits(made, cast("Env", made.unwrapped).splits)
+        report = check_environment(made)
     table = Table("check", "result", "detail", title=env, title_justify="left")
     for row in report.rows:
         table.add_row(row.name, "passed" if row.passed else "FELL", Text(row.detail))

@@ -181,7 +181,7 @@ def _parse(text: str, *, where: str) -> Any:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise BadConfig(f"{where}, line {line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise BadConfig(f"{where}: not YAML: {error}") from None
+        raise BadConfig(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
@@ -210,7 +210,11 @@ def _assign(values: dict[str, Any], key: str, value: Any) -> None:
 def _faults(error: ValidationError, section: tuple[str, ...] = ()) -> Iterator[str]:
     """One line a fault: the dotted key, the value, what is allowed; of ``section`` where it stands alone."""
     allowed: dict[str, list[str]] = {}  # by key and value: a union reports each of its members
-    for fault in error.errors(include_url=False):
+    faults = error.errors(include_url=False)
+    inside = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+    for fault in faults:
+        if fault["type"] == "too_short" and fault["loc"] in inside:
+            continue  # it counts the good ones among what has been said to be bad
         place = _place((*section, *fault["loc"]))
         key = ".".join(place)
         if fault["type"] == "extra_forbidden":

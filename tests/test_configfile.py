@@ -133,6 +133,11 @@ def test_each_fault_has_a_line_of_its_own(file: Path) -> None:
     assert [line.removeprefix(f"{file}: ").partition(" ")[0] for line in lines] == ["seed", "steps"]
 
 
+def test_a_list_without_its_bad_items_is_no_second_fault(file: Path) -> None:
+    assert _fault(file, "evaluation.k=[0]") == "evaluation.k is 0; it must be greater than or equal to 1"
+    assert _fault(file, "evaluation.k=[]") == "evaluation.k is []; it must have at least 1 item, not 0"
+
+
 def test_a_model_that_nobody_named_is_asked_for() -> None:
     with pytest.raises(BadConfig, match=r"calculator: model is missing: .* or pass --model M"):
         load_config("calculator")
@@ -173,7 +178,7 @@ def test_a_fault_of_an_engine_alone_names_its_key(assignments: list[str], messag
         ("just words\n", "holds str; it must be a mapping"),
         ("", "holds NoneType; it must be a mapping"),
         ("a: !!python/object:os.system 1\n", "could not determine a constructor"),
-        ("a: \x00", "not YAML: unacceptable character"),
+        ("a: \x00", "not YAML: unacceptable character #x0000: special .* allowed in .* position 3$"),
     ],
 )
 def test_malformed_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
