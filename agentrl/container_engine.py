@@ -98,6 +98,15 @@ class Engine:
         with self._world("say what it is"):
             return dict(self._client.info())
 
+    def can_be_reached(self) -> bool:
+        """Whether it answers at all."""
+        try:
+            with self._world("answer"):
+                self._client.ping()
+        except SandboxLost:
+            return False
+        return True
+
     def check_image(self) -> None:
         """Raise BadConfig unless the image is there and can be used."""
         with self._world("look at an image"):

@@ -45,6 +45,7 @@ __all__ = ["Docker"]
 _IMAGE = "python:3.11-slim"
 _LEAST_MEMORY_MIB = 16  # the first process has some ten of them
 _CLOSE_S = 60.0
+_OUTAGE_POLL_S = 0.5
 _ANSWER_S = 60.0  # for the first process of a container, when no command runs
 _ENFORCED = {
     "cpu_s": "read from its cgroup every 20 ms; of an engine elsewhere, from its statistics",
@@ -68,7 +69,9 @@ class Docker:
     ``image``: one with python3; by default that of the environment variable AGENTRL_DOCKER_IMAGE, else
     python:3.11-slim. ``pool``: containers kept ready for each kind of session that was asked for; 0: none.
     ``runtime``: "runsc" for gVisor. ``base_url``: of the engine; by default what DOCKER_HOST says.
-    ``patience_s``: for one answer of the engine; on an overloaded machine one took 15 seconds.
+    ``patience_s``: for one answer of the engine; on an overloaded machine one took 15 seconds. ``outage_s``:
+    how long a session waits for an engine that can't be reached, as when it is restarted, before it is lost;
+    less than ``rollout.deadline_s``.
     """
 
     name = "docker"
@@ -81,12 +84,14 @@ class Docker:
         pool: int = 2,
         base_url: str | None = None,
         patience_s: float = 120.0,
+        outage_s: float = 45.0,
     ) -> None:
         if isinstance(pool, bool) or not 0 <= pool <= 1000:
             raise BadConfig(f"Docker(pool={pool!r}): it is a number of containers, 0 to 1000")
         self._image = image or os.environ.get("AGENTRL_DOCKER_IMAGE") or _IMAGE
         self._runtime = runtime
         self._engine = Engine(base_url, image=self._image, runtime=runtime, patience_s=patience_s)
+        self._outage_s = outage_s
         self._crew = Crew(at_once=max(os.cpu_count() or 1, 2))
         self._pool = Pool(self._engine, self._crew, size=pool)
         self._process = os.getpid()
@@ -143,7 +148,7 @@ class Docker:
             is_swept, self._is_swept = self._is_swept, True
         if not is_swept:
             self.sweep()
-        session = _Session(self._engine, self._pool, limits, on_close=self._forget)
+        session = self._make(limits)
         with self._lock:
             self._open.add(session)
             is_closed = self._is_closed
@@ -151,6 +156,21 @@ class Docker:
             session.close()
             raise SandboxLost("this docker backend is closed: make another")
         return session
+
+    def _make(self, limits: Limits) -> _Session:
+        """A session, once the engine can be reached. Raises SandboxLost."""
+        until = time.monotonic() + self._outage_s
+        was_away = False
+        while True:
+            try:
+                return _Session(self._engine, self._pool, limits, on_close=self._forget)
+            except SandboxLost:
+                is_away = not self._engine.can_be_reached()
+                if self._is_closed or time.monotonic() >= until or not (is_away or was_away):
+                    raise
+                was_away = is_away
+            if is_away:
+                time.sleep(_OUTAGE_POLL_S)
 
     def sweep(self) -> int:
         """Remove containers whose owner, a process of this machine, is gone."""

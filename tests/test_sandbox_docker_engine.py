@@ -118,7 +118,7 @@ def gate(tmp_path: Path) -> Iterator[_Gate]:
 
 
 def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: _Gate) -> None:
-    backend = docker_backend(base_url=f"unix://{gate.path}", pool=1, patience_s=20)
+    backend = docker_backend(base_url=f"unix://{gate.path}", pool=1, patience_s=20, outage_s=1)
     sandbox, idle = backend.open(LIMITS), backend.open(LIMITS)
     assert sandbox.run(["true"]).status == "ok"
     stop = threading.Timer(0.5, gate.cut)
@@ -139,7 +139,7 @@ def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: _Gate)
 
 
 def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: _Gate) -> None:
-    backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=12)
+    backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=12, outage_s=1)
     sandbox = backend.open(LIMITS)
     freeze = threading.Timer(0.3, gate.freeze)
     freeze.start()
@@ -155,20 +155,31 @@ def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: _Gate) -> 
     assert until(lambda: not _running())
 
 
-def test_an_engine_that_comes_back_serves_the_same_backend(gate: _Gate, tmp_path: Path) -> None:
-    first = gate
-    backend = docker_backend(base_url=f"unix://{first.path}", pool=1, patience_s=20)
+def test_a_session_waits_for_an_engine_that_comes_back(gate: _Gate, tmp_path: Path) -> None:
+    first, returned = gate, []
+    backend = docker_backend(base_url=f"unix://{first.path}", pool=1, patience_s=20, outage_s=30)
     backend.open(LIMITS).close()
     assert until(lambda: len(containers()) >= 1)  # the one kept ready
     first.cut()
     first.path.unlink()
+    back = threading.Timer(2, lambda: returned.append(_Gate(tmp_path)))
+    back.start()
+    assert backend.open(LIMITS).run(["echo", "back"]).stdout == b"back\n"
+    assert returned, "it can't have come before"
+    backend.close()
+    returned[0].cut()
+    assert until(lambda: not _running())
+
+
+def test_closing_ends_the_wait_for_an_engine(gate: _Gate) -> None:
+    backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=20, outage_s=300)
+    backend.open(LIMITS).close()
+    gate.cut()
+    close = threading.Timer(1, backend.close)
+    close.start()
     with pytest.raises(SandboxLost):
         backend.open(LIMITS)
-    second = _Gate(tmp_path)
-    assert backend.open(LIMITS).run(["echo", "back"]).stdout == b"back\n"
-    backend.close()
-    second.cut()
-    assert until(lambda: not _running())
+    close.join()
 
 
 def test_no_engine_is_said_so(tmp_path: Path) -> None:
