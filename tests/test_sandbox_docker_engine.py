@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from containers import IMAGE, LIMITS, changed, containers, docker, docker_backend, run_python, until
+from containers import IMAGE, LIMITS, Gate, changed, containers, docker, docker_backend, run_python, until
 
 from agentrl import container_meter
 from agentrl.errors import BadConfig, MissingExtra
@@ -23,8 +22,6 @@ from agentrl.sandbox import SandboxLost
 
 # The SDK leaves the socket of a connection that is refused or breaks to the garbage collector.
 pytestmark = [pytest.mark.docker, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]
-
-_SOCKET = "/var/run/docker.sock"
 
 
 def test_a_container_that_is_killed_from_outside_is_the_worlds() -> None:
@@ -45,61 +42,7 @@ def _collected() -> Iterator[None]:
     gc.collect()
 
 
-# -- an engine that goes away: a gate before the real one --
-
-
-class _Gate:
-    """A socket that passes on to the engine until it is cut or frozen."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "engine.sock"
-        self._listening = socket.socket(socket.AF_UNIX)
-        self._listening.bind(str(self.path))
-        self._listening.listen(64)
-        self._ends: list[socket.socket] = []
-        self._is_open = threading.Event()
-        self._is_open.set()
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def cut(self) -> None:
-        """As an engine that is stopped."""
-        with suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)
-        self._is_open.set()
-        for end in self._ends:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for end in (*self._ends, self._listening):
-            end.close()
-
-    def freeze(self) -> None:
-        """As an engine that hangs."""
-        self._is_open.clear()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                ours, _ = self._listening.accept()
-            except OSError:
-                return
-            theirs = socket.socket(socket.AF_UNIX)
-            theirs.connect(_SOCKET)
-            self._ends += [ours, theirs]
-            for ends in ((ours, theirs), (theirs, ours)):
-                thread = threading.Thread(target=self._pass_on, args=ends)
-                thread.start()
-                self._threads.append(thread)
-
-    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                self._is_open.wait()
-                target.sendall(data)
-        with suppress(OSError):
-            target.shutdown(socket.SHUT_WR)
+# -- an engine that goes away --
 
 
 def _running() -> list[str]:
@@ -108,16 +51,15 @@ def _running() -> list[str]:
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Iterator[_Gate]:
-    made = _Gate(tmp_path)
-    yield made
-    made.cut()
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    with closing(Gate(tmp_path)) as made:
+        yield made
     for unseen in containers():
         with suppress(subprocess.CalledProcessError):  # on its way out by itself
             docker("rm", "-f", unseen)
 
 
-def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: _Gate) -> None:
+def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: Gate) -> None:
     backend = docker_backend(base_url=f"unix://{gate.path}", pool=1, patience_s=20, outage_s=1)
     sandbox, idle = backend.open(LIMITS), backend.open(LIMITS)
     assert sandbox.run(["true"]).status == "ok"
@@ -138,7 +80,7 @@ def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: _Gate)
     assert until(lambda: not _running()), "hung up on, a container ends and is removed"
 
 
-def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: _Gate) -> None:
+def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: Gate) -> None:
     backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=12, outage_s=1)
     sandbox = backend.open(LIMITS)
     freeze = threading.Timer(0.3, gate.freeze)
@@ -155,23 +97,22 @@ def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: _Gate) -> 
     assert until(lambda: not _running())
 
 
-def test_a_session_waits_for_an_engine_that_comes_back(gate: _Gate, tmp_path: Path) -> None:
-    first, returned = gate, []
-    backend = docker_backend(base_url=f"unix://{first.path}", pool=1, patience_s=20, outage_s=30)
+def test_a_session_waits_for_an_engine_that_comes_back(gate: Gate) -> None:
+    returned = threading.Event()
+    backend = docker_backend(base_url=f"unix://{gate.path}", pool=1, patience_s=20, outage_s=30)
     backend.open(LIMITS).close()
     assert until(lambda: len(containers()) >= 1)  # the one kept ready
-    first.cut()
-    first.path.unlink()
-    back = threading.Timer(2, lambda: returned.append(_Gate(tmp_path)))
-    back.start()
+    gate.cut()
+    for act in (returned.set, gate.reopen):
+        threading.Timer(2, act).start()
     assert backend.open(LIMITS).run(["echo", "back"]).stdout == b"back\n"
-    assert returned, "it can't have come before"
+    assert returned.is_set()
     backend.close()
-    returned[0].cut()
+    gate.cut()
     assert until(lambda: not _running())
 
 
-def test_closing_ends_the_wait_for_an_engine(gate: _Gate) -> None:
+def test_closing_ends_the_wait_for_an_engine(gate: Gate) -> None:
     backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=20, outage_s=300)
     backend.open(LIMITS).close()
     gate.cut()
