@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,13 @@ from agentrl.reward import Evidence
 from agentrl.tool_env import ToolEnv
 from agentrl.tools import tool
 from agentrl.types import Completion, Finish, FloatArray, IntArray, Message, Task, ToolCall
+
+
+def pytest_configure() -> None:
+    """Ctrl-C is heard also where the tests were started in a shell's background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 # -- what a machine may lack: a skip, and a failure where AGENTRL_REQUIRE=docker,bwrap,vllm,gpu names it --
 
