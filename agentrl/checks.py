@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-from agentrl import cheating, contract, isolation, resources, robustness, scoring
+from agentrl import contract, isolation, resources, robustness, scoring
+from agentrl.attacks import cheating
 from agentrl.env import Env
 from agentrl.probes import Subject, Unsound
 from agentrl.registry import make

@@ -15,8 +15,8 @@ from typing import Any
 
 from agentrl.errors import BadData
 from agentrl.judge import AssertTest, CallTest, Problem
-from agentrl.judge_line import python
-from agentrl.plain import decode, encode
+from agentrl.judging.line import python
+from agentrl.judging.plain import decode, encode
 from agentrl.rows import Row
 from agentrl.sandbox import Limits, Sandbox, SandboxLost
 

@@ -24,12 +24,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from agentrl.backends import new_backend, shared_backend
 from agentrl.errors import BadConfig
 from agentrl.faults import healed
-from agentrl.judging import judge_once
-from agentrl.sandbox import Backend, Limits, Sandbox, SandboxLost
-from agentrl.verdicts import (
+from agentrl.judging.submission import judge_once
+from agentrl.judging.verdicts import (
     AssertTest,
     CallTest,
     FileTests,
@@ -42,7 +40,9 @@ from agentrl.verdicts import (
     problem_from_json,
     problem_to_json,
 )
-from agentrl.workspace_judging import judge_workspace_once
+from agentrl.judging.workspace import judge_workspace_once
+from agentrl.sandbox import Backend, Limits, Sandbox, SandboxLost
+from agentrl.sandboxing.backends import new_backend, shared_backend
 
 __all__ = [
     "AssertTest",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from agentrl.selfcheck import Row
+    from agentrl.attacks.selfcheck import Row
 
 __all__ = ["sandbox_app"]
 
@@ -28,9 +28,9 @@ def doctor() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from agentrl.doctor import INSTALL, strongest, survey_all
     from agentrl.errors import BadConfig
     from agentrl.sandbox import GUARANTEES, LIMITS, Limits
+    from agentrl.sandboxing.doctor import INSTALL, strongest, survey_all
 
     console = Console()
     surveys = survey_all()
@@ -79,7 +79,7 @@ def selfcheck(
     from rich.table import Table
     from rich.text import Text
 
-    from agentrl.selfcheck import self_check
+    from agentrl.attacks.selfcheck import self_check
 
     console = Console()
 

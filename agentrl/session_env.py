@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
-from agentrl.backends import limits_of, shared_backend
 from agentrl.env import Step
 from agentrl.errors import ToolError, UserError
 from agentrl.sandbox import Limits, Sandbox
+from agentrl.sandboxing.backends import limits_of, shared_backend
 from agentrl.threads import in_thread
 from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task

@@ -33,10 +33,10 @@ from statistics import median
 
 from report import Row, make_parser, report
 
-from agentrl.doctor import survey_all
 from agentrl.judge import CallTest, Judge, Problem
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Limits
+from agentrl.sandboxing.doctor import survey_all
 
 __all__ = ["Sizes", "main"]
 

@@ -20,7 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from agentrl.backends import shared_backend
 from agentrl.codedata import COLUMNS, Draft, content_hash, draft_of
 from agentrl.env import Step
 from agentrl.errors import BadConfig, BadData, UserError, did_you_mean
@@ -30,6 +29,7 @@ from agentrl.registry import make_reward
 from agentrl.reward import Evidence, Reward, as_score
 from agentrl.rows import Files, Hub, Row, find_source
 from agentrl.sandbox import Limits, Sandbox
+from agentrl.sandboxing.backends import shared_backend
 from agentrl.threads import in_thread
 from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task

@@ -20,11 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agentrl.beneath import read_beneath, write_beneath
-from agentrl.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
-from agentrl.cgroups import Hierarchy, find
 from agentrl.errors import BadConfig, CannotWrite
-from agentrl.pump import Clock, Pumped, drive, outcome
 from agentrl.sandbox import (
     ExecResult,
     Fault,
@@ -36,8 +32,12 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.seccomp import deny_list
-from agentrl.workdirs import WorkDir, make_folder, sweep
+from agentrl.sandboxing.beneath import read_beneath, write_beneath
+from agentrl.sandboxing.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
+from agentrl.sandboxing.cgroups import Hierarchy, find
+from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome
+from agentrl.sandboxing.seccomp import deny_list
+from agentrl.sandboxing.workdirs import WorkDir, make_folder, sweep
 
 __all__ = ["Bubblewrap"]
 

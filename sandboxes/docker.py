@@ -2,11 +2,11 @@
 
 Covered: everything of ``agentrl.sandbox``, by way of namespaces, cgroups, no network, a read-only root, sized
 tmpfs, no capability and an uid without rights. Files persist from run to run, because the container stays;
-its first process is ours (``agentrl.container_process``) and starts each run, so that a run costs a fork and
-no ``docker exec``. What a run leaves is killed by that process, which the policy's code can neither signal
-nor trace; where it does not answer, the container is killed through the engine and the session goes on with
-an empty one. A policy's code that brings its own container down has failed; it never counts as the world's
-failure. An engine that goes away always does.
+its first process is ours (``agentrl.sandboxing.container_process``) and starts each run, so that a run costs
+a fork and no ``docker exec``. What a run leaves is killed by that process, which the policy's code can
+neither signal nor trace; where it does not answer, the container is killed through the engine and the session
+goes on with an empty one. A policy's code that brings its own container down has failed; it never counts as
+the world's failure. An engine that goes away always does.
 
 Not covered: faults of the kernel, unless the engine has gVisor (``runtime="runsc"``); a disk limit lower than
 the session's for a single run, which is refused.
@@ -21,12 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from agentrl.container_engine import Container, Death, Engine, Shape
-from agentrl.container_link import Conversation, LinkClock, LinkLost
-from agentrl.container_meter import Usage
-from agentrl.container_pool import Crew, Pool
 from agentrl.errors import BadConfig
-from agentrl.pump import outcome
 from agentrl.sandbox import (
     ExecResult,
     Fault,
@@ -39,6 +34,11 @@ from agentrl.sandbox import (
     check_path,
     lowered,
 )
+from agentrl.sandboxing.container_engine import Container, Death, Engine, Shape
+from agentrl.sandboxing.container_link import Conversation, LinkClock, LinkLost
+from agentrl.sandboxing.container_meter import Usage
+from agentrl.sandboxing.container_pool import Crew, Pool
+from agentrl.sandboxing.pump import outcome
 
 __all__ = ["Docker"]
 

@@ -18,8 +18,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from agentrl.beneath import read_beneath, write_beneath
-from agentrl.pump import Clock, Pipes, Pumped, drive, outcome
 from agentrl.sandbox import (
     GUARANTEES,
     LIMITS,
@@ -31,6 +29,8 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
+from agentrl.sandboxing.beneath import read_beneath, write_beneath
+from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome
 
 __all__ = ["Process"]
 

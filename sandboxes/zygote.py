@@ -26,10 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from agentrl.beneath import read_beneath, write_beneath
-from agentrl.cgroups import Group, Hierarchy, find
 from agentrl.errors import BadConfig
-from agentrl.pump import Clock, Pipes, Pumped, drive, outcome
 from agentrl.sandbox import (
     ExecResult,
     Limits,
@@ -39,8 +36,11 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.seccomp import telltale_filter
-from agentrl.zygote_handle import ZygoteHandle, ZygoteSettings
+from agentrl.sandboxing.beneath import read_beneath, write_beneath
+from agentrl.sandboxing.cgroups import Group, Hierarchy, find
+from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome
+from agentrl.sandboxing.seccomp import telltale_filter
+from agentrl.sandboxing.zygote_handle import ZygoteHandle, ZygoteSettings
 
 __all__ = ["PRELOAD", "Zygote"]
 

@@ -25,16 +25,9 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
     for names in (
         "types errors seeds files stop_signal allocator stopwatch",
         "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
-        "registry checks probes contract isolation scoring robustness resources sandbox pump beneath "
-        "assertion_process attack attack_clocks attack_exits attack_files attack_graders attack_isolation "
-        "attack_network attack_outputs attack_privileges attack_probe attack_processes attack_resources "
-        "attack_targets attack_values attack_verdicts attacks backend_contract backends bait bwrap "
-        "bwrap_process cgroups cheating codedata comparing container_engine container_link container_meter "
-        "container_pool container_process doctor evalplus grading_process interpreter interpreter_process "
-        "judge judge_line judge_record judging owners plain questions reference_process rows sandbox_cli "
-        "scenarios seccomp selfcheck session_env solution_process stage verdict_trials verdicts workdirs "
-        "workspace_judging workspaces zygote_handle zygote_process zygote_python "
-        "config configfile modelfiles workers worker_handle worker_process threads",
+        "registry checks probes contract isolation scoring robustness resources sandbox sandboxing "
+        "sandbox_cli judge judging attacks interpreter interpreter_process session_env codedata evalplus "
+        "questions rows workspaces config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",

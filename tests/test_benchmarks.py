@@ -17,8 +17,8 @@ import pytest
 
 from agentrl.attempts import EpisodePlan
 from agentrl.chats import Chats
-from agentrl.doctor import survey_all
 from agentrl.engine import Sampling
+from agentrl.sandboxing.doctor import survey_all
 from agentrl.tiny import TinyShape, make_tiny_model
 
 _BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from agentrl import bwrap_process
 from agentrl.errors import BadConfig
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import GUARANTEES, LIMITS, Backend, Channel, ExecResult, Limits, Sandbox, SandboxLost
+from agentrl.sandboxing import bwrap_process
 
 pytestmark = pytest.mark.bwrap
 
@@ -502,7 +502,7 @@ def test_whoever_starts_bubblewraps_is_started_again(sandbox: Sandbox) -> None:
 
 _OWNER = """
 import os, sys
-from agentrl.owners import this_process
+from agentrl.sandboxing.owners import this_process
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Limits
 sandbox = make_sandbox("bubblewrap").open(Limits(wall_s=600))

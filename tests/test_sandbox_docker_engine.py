@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from containers import IMAGE, LIMITS, Gate, changed, containers, docker, docker_backend, run_python, until
 
-from agentrl import container_meter
 from agentrl.errors import BadConfig, MissingExtra
 from agentrl.sandbox import SandboxLost
+from agentrl.sandboxing import container_meter
 
 # The SDK leaves the socket of a connection that is refused or breaks to the garbage collector.
 pytestmark = [pytest.mark.docker, pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")]

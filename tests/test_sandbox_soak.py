@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from agentrl.attack_targets import RIGHT, WRONG, problem_of
-from agentrl.attacks import VERDICTS
-from agentrl.bait import children, containers, count_descriptors, leftovers, processes_marked
+from agentrl.attacks.bait import children, containers, count_descriptors, leftovers, processes_marked
+from agentrl.attacks.catalogue import VERDICTS
+from agentrl.attacks.targets import RIGHT, WRONG, problem_of
 from agentrl.judge import CallTest, Judge, Problem
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Limits

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.cgroups import find
 from agentrl.errors import BadConfig
-from agentrl.owners import this_process
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Channel, ExecResult, Limits, Sandbox, SandboxLost
+from agentrl.sandboxing.cgroups import find
+from agentrl.sandboxing.owners import this_process
 
 _LIMITS = Limits(cpu_s=20, wall_s=60, memory_mib=256, pids=32, disk_mib=16, output_kib=64)
 
@@ -546,8 +546,8 @@ def test_an_ordinary_user_gets_every_guarantee_and_no_limit_that_needs_a_group(b
 import ctypes, os, sys
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import GUARANTEES, Limits
-import agentrl.zygote_handle
-agentrl.zygote_handle._sources()  # what another user may perhaps not read
+import agentrl.sandboxing.zygote_handle
+agentrl.sandboxing.zygote_handle._sources()  # what another user may perhaps not read
 backend = make_sandbox("zygote")
 os.setgroups([]); os.setresgid(12345, 12345, 12345); os.setresuid(12345, 12345, 12345)
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # so that its files in /proc are its own

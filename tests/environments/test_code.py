@@ -15,7 +15,7 @@ import trusting
 from gymnasium.vector import SyncVectorEnv
 
 import agentrl
-from agentrl import cheating
+from agentrl.attacks import cheating
 from agentrl.errors import BadConfig, BadData, UserError
 from agentrl.probes import Subject, Unsound
 from agentrl.registry import make_sandbox

@@ -11,7 +11,7 @@ import pytest
 import trusting
 
 import agentrl
-from agentrl import cheating
+from agentrl.attacks import cheating
 from agentrl.errors import BadData
 from agentrl.sandbox import SandboxLost
 from agentrl.types import Message, ToolCall

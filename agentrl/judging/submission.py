@@ -1,0 +1,315 @@
+"""One submission against one problem: which sandboxes, what is said over their pipes, what it means.
+
+A solution and what judges it never share a process, a user or a folder: each has a session of its own, and
+this module, in the host's process, only carries checked plain data from one to the other. What a solution's
+sandbox says can be an answer, right or wrong, and nothing else.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from agentrl.errors import BadConfig, BadData
+from agentrl.judging.comparing import Garbled, check_tree, is_equal, same_output, show
+from agentrl.judging.line import Line, python
+from agentrl.judging.plain import encode, frame
+from agentrl.judging.record import MOST_NOTE, Record, how_it_ended, is_over_cpu, verdict_of
+from agentrl.judging.verdicts import AssertTest, CallTest, IOTest, Judgement, Problem, Test, Verdict
+from agentrl.sandbox import Channel, ExecResult, Gone, Limits, Sandbox, SandboxLost
+
+__all__ = ["judge_once"]
+
+# Answers gather in the pipe meanwhile: woken for each, both sides would spend more on that than on the calls.
+_GATHER_S = 0.0003
+_BATCH_CALLS = 64
+_BATCH_BYTES = 32 << 10  # of one message of calls: what a pipe takes in without waiting
+
+
+def judge_once(
+    solution: str,
+    problem: Problem,
+    *,
+    open_sandbox: Callable[[Limits], Sandbox],
+    limits: Limits,
+    stop_early: bool,
+) -> Judgement:
+    """Judge in fresh sandboxes. Raises SandboxLost, and BadData where a test can't be what it says."""
+    record = Record(solution, problem, open_sandbox, limits, stop_early)
+    for kind, run in _RUNS.items():
+        tests = [test for test in problem.tests if _kind(test) == kind]
+        if tests and not record.is_over and record.compiled:
+            run(record, tests)
+    return record.judgement()
+
+
+def _kind(test: Test) -> str:
+    return test.trust if isinstance(test, AssertTest) else type(test).__name__
+
+
+# -- calls, compared here --
+
+
+def _run_calls(record: Record, tests: Sequence[CallTest]) -> None:
+    talk = _Calls(record, tests)
+    with closing(record.open(record.limits)) as sandbox:
+        result = record.add(sandbox.run(python("solution_process"), stdin=talk))
+    record.settle(tests, result, garbled=talk.garbled)
+
+
+class _Calls:
+    """The conversation about function tests."""
+
+    def __init__(self, record: Record, tests: Sequence[CallTest]) -> None:
+        self._record, self._tests = record, tests
+        self.garbled = False
+
+    def __call__(self, channel: Channel) -> None:
+        line = Line(channel)
+        try:
+            if _load(self._record, line, self._tests):
+                self._ask(line)
+        except Garbled:
+            self.garbled = True
+        if line.has_more and not self._record.is_over:
+            self._record.flags.add("extra_replies")
+
+    def _ask(self, line: Line) -> None:
+        for first, batch in _batches(self._tests):
+            line.send(["calls", batch, False])
+            for number in range(first, first + len(batch)):
+                if not line.has_more and number > first:
+                    time.sleep(_GATHER_S)
+                kind, said = _reply(line, number)
+                self._record.enter(self._tests[number], *self._judged(self._tests[number], kind, said))
+                if self._record.is_over:
+                    return
+
+    def _judged(self, test: CallTest, kind: str, said: list[Any]) -> tuple[Verdict, str]:
+        name = self._record.problem.entry_point
+        if kind == "raised":
+            return "RE", f"{name} raised {': '.join(filter(None, said))}"
+        if kind == "unplain":
+            self._record.flags.add("not_plain")
+            return "WA", f"{name} returned {said[0][:100]}, which is no plain data"
+        expected = encode(test.expected)
+        if is_equal(expected, said[0], tolerance=test.tolerance, alike=test.alike):
+            return "AC", ""
+        if not test.visible:
+            return "WA", ""
+        given = [*(show(encode(value)) for value in test.args)]
+        given += [f"{key}={show(encode(value))}" for key, value in test.kwargs.items()]
+        return "WA", f"{name}({', '.join(given)}) gave {show(said[0])}, expected {show(expected)}"
+
+
+def _batches(tests: Sequence[CallTest]) -> Iterator[tuple[int, list[Any]]]:
+    """The calls in messages of a size that a pipe takes, each with the number of its first."""
+    first, batch, size = 0, list[Any](), 0
+    for number, test in enumerate(tests):
+        call = [number, encode(list(test.args)), encode(dict(test.kwargs))]
+        length = len(frame(call))
+        if batch and (len(batch) == _BATCH_CALLS or size + length > _BATCH_BYTES):
+            yield first, batch
+            first, batch, size = number, [], 0
+        batch.append(call)
+        size += length
+    yield first, batch
+
+
+def _load(record: Record, line: Line, tests: Sequence[Test]) -> bool:
+    """Have the program loaded; whether there is something to call."""
+    line.send(["load", record.problem.setup, record.solution, record.problem.entry_point])
+    loaded = line.receive()
+    if loaded == ["ready"]:
+        return True
+    if loaded[0] not in ("syntax", "raised", "missing"):
+        raise Garbled("no answer to a program")
+    record.refuse(loaded, tests)
+    return False
+
+
+def _reply(line: Line, number: int) -> tuple[str, list[Any]]:
+    """The checked reply to call ``number``: its kind, and what it says. Raises Garbled, Gone."""
+    message = line.receive()
+    if len(message) < 3 or type(message[0]) is not int or message[0] != number:
+        raise Garbled("a reply to no question, or a second one")
+    _, kind, *said = message
+    if kind == "value" and len(said) <= 2:
+        for tree in said:
+            check_tree(tree)
+    elif not (kind in ("raised", "unplain") and len(said) <= 2 and all(type(text) is str for text in said)):
+        raise Garbled("a reply of no known kind")
+    return kind, said
+
+
+# -- assertions, in a sandbox of the judge's own --
+
+
+class _TesterGone(Exception):
+    """The judge's own sandbox ended while the solution's was talked to."""
+
+
+def _run_remote(record: Record, tests: Sequence[AssertTest]) -> None:
+    relay = _Relay(record, tests)
+    # Its wall clock runs while the solution works.
+    wall_s = record.limits.wall_s
+    limits = replace(record.limits, wall_s=None if wall_s is None else 2 * wall_s + 10)
+    with closing(record.open(record.limits)) as solver, closing(record.open(limits)) as tester:
+        relay.solver = solver
+        judged = tester.run(python("assertion_process"), stdin=relay)
+    if judged.status == "lost":
+        raise SandboxLost("the judge's own sandbox went away")
+    if relay.result is not None and not relay.tester_ended:
+        record.settle(tests, record.add(relay.result), garbled=relay.garbled)
+    else:  # a limit that the test ran into with what the solution gave it
+        record.settle(tests, judged)
+        record.flags.add("tester_ended")
+
+
+class _Relay:
+    """The conversation between assertions and a solution: the talk with one inside that with the other."""
+
+    def __init__(self, record: Record, tests: Sequence[AssertTest]) -> None:
+        self._record, self._tests = record, tests
+        self.solver: Sandbox
+        self.result: ExecResult | None = None
+        self.garbled = self.tester_ended = False
+
+    def __call__(self, channel: Channel) -> None:
+        problem = self._record.problem
+        tester = Line(channel, gone=_TesterGone)
+        try:
+            tester.send(["load", problem.setup, problem.entry_point])
+            if (loaded := tester.receive()) != ["ready"]:
+                raise BadData(f"the setup of a problem fails by itself, with {loaded[1:]}: correct it")
+            self.result = self.solver.run(
+                python("solution_process"), stdin=lambda channel: self._with_both(Line(channel), tester)
+            )
+        except _TesterGone:
+            self.tester_ended = True
+            raise Gone from None
+
+    def _with_both(self, solver: Line, tester: Line) -> None:
+        try:
+            if not _load(self._record, solver, self._tests):
+                return
+            calls = 0
+            for number, test in enumerate(self._tests):
+                tester.send(["test", number, test.code, test.in_place])
+                while (said := tester.receive())[0] == "call":
+                    check_tree(said[1:])
+                    solver.send(["calls", [[calls, *said[1:]]], test.in_place])
+                    kind, reply = _reply(solver, calls)
+                    tester.send([kind, *reply])
+                    calls += 1
+                if said[:2] != ["done", number] or len(said) != 4:
+                    raise Garbled("no outcome of a test")
+                self._record.enter(test, *_asserted(self._record, test, *said[2:]))
+                if self._record.is_over:
+                    break
+        except Garbled:
+            self.garbled = True
+
+
+def _asserted(record: Record, test: AssertTest, outcome: str, text: str) -> tuple[Verdict, str]:
+    if outcome == "passed":
+        return "AC", ""
+    if outcome == "objects":
+        raise BadData(
+            f"test {test.id!r} hands the solution a {text}, no plain data: mark it trust='shared', "
+            "or write it with plain data"
+        )
+    if outcome == "unplain":
+        record.flags.add("not_plain")
+    return ("RE" if outcome == "theirs" else "WA"), f"{text or outcome}"
+
+
+# -- assertions in the solution's own process --
+
+
+def _run_shared(record: Record, tests: Sequence[AssertTest]) -> None:
+    garbled = False
+
+    def talk(channel: Channel) -> None:
+        nonlocal garbled
+        line = Line(channel)
+        try:
+            if not _load(record, line, tests):
+                return
+            for number, test in enumerate(tests):
+                nonce = secrets.token_hex(16)
+                line.send(["test", number, test.code, nonce])
+                said = line.receive()
+                if len(said) != 5 or said[:2] != ["done", number] or said[4] != nonce:
+                    raise Garbled("no outcome of a test")
+                record.enter(test, *_asserted(record, test, *map(str, said[2:4])))
+                if record.is_over:
+                    return
+        except Garbled:
+            garbled = True
+
+    with closing(record.open(record.limits)) as sandbox:
+        result = record.add(sandbox.run(python("assertion_process", function="serve_shared"), stdin=talk))
+    record.settle(tests, result, garbled=garbled)
+
+
+# -- programs --
+
+
+def _run_programs(record: Record, tests: Sequence[IOTest]) -> None:
+    source = f"{record.problem.setup}\n{record.solution}" if record.problem.setup else record.solution
+    files = {"solution.py": source.encode(errors="surrogatepass")}
+    kept = None if record.limits.output_kib is None else record.limits.output_kib << 10
+    with closing(record.open(record.limits)) as sandbox:
+        for test in tests:
+            if kept is not None and len(test.stdout) > kept:
+                raise BadConfig(
+                    f"test {test.id!r} expects {len(test.stdout)} characters, and {kept} bytes of an "
+                    "output are kept: raise output_kib"
+                )
+            result = record.add(
+                sandbox.run(
+                    ["python3", "solution.py"], stdin=test.stdin.encode(errors="surrogatepass"), files=files
+                )
+            )
+            record.enter(test, *_program_verdict(record, test, result))
+            if record.is_over or not record.compiled:
+                return
+
+
+def _program_verdict(record: Record, test: IOTest, result: ExecResult) -> tuple[Verdict, str]:
+    if result.status != "ok" or is_over_cpu(result, record.limits):
+        if _is_syntax_error(result):
+            record.compiled = False
+            record.note = result.stderr[-MOST_NOTE:].decode(errors="replace").strip()
+            return "CE", record.note
+        verdict = verdict_of(result, record.limits)
+        return verdict, how_it_ended(result, verdict)
+    if result.truncated and len(result.stdout) >= (record.limits.output_kib or 0) << 10:
+        return "OLE", "more output than is kept"
+    if same_output(test.stdout, result.stdout):
+        return "AC", ""
+    printed = result.stdout[:200].decode(errors="replace")
+    return "WA", f"for the input {test.stdin[:100]!r} it printed {printed!r}, expected {test.stdout[:100]!r}"
+
+
+def _is_syntax_error(result: ExecResult) -> bool:
+    last = result.stderr.rstrip().rpartition(b"\n")[2]
+    return (
+        result.exit_code == 1
+        and not result.stdout
+        and b"Traceback (" not in result.stderr
+        and last.startswith((b"SyntaxError", b"IndentationError", b"TabError"))
+    )
+
+
+_RUNS: Mapping[str, Callable[..., None]] = {
+    "CallTest": _run_calls,
+    "remote": _run_remote,
+    "shared": _run_shared,
+    "IOTest": _run_programs,
+}

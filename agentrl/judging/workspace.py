@@ -1,0 +1,103 @@
+"""The verdict on a workspace: hidden tests run over what an agent left, in fresh sandboxes.
+
+The agent's own sandbox must be dead by then, and only its regular files come here. Each hidden test file gets
+a fresh session, each of its tests a run of its own there, with the hidden files written anew: nothing that a
+test's process leaves running or changes in them reaches the next. Files that hook into Python or pytest are
+left out of the workspace and flagged. Test and solution share a process, which the Judgement says.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import PurePosixPath
+
+from agentrl.errors import BadData
+from agentrl.judging.comparing import Garbled
+from agentrl.judging.line import Line, python
+from agentrl.judging.record import Record, is_over_cpu
+from agentrl.judging.verdicts import AssertTest, FileTests, Judgement, Problem
+from agentrl.sandbox import Channel, Limits, Sandbox, check_path
+
+__all__ = ["judge_workspace_once"]
+
+# By name: what Python or pytest would load by itself; the compiled, which need not be what its source says.
+_HOOKS = frozenset({"conftest.py", "sitecustomize.py", "usercustomize.py"})
+_COMPILED = (".pyc", ".pyo", ".pth")
+
+
+def judge_workspace_once(
+    files: Mapping[str, bytes],
+    tests: FileTests,
+    *,
+    open_sandbox: Callable[[Limits], Sandbox],
+    limits: Limits,
+) -> Judgement:
+    """Judge in fresh sandboxes. Raises SandboxLost, BadConfig for bad names, BadData for odd tests."""
+    placed, hooks = _placed(files, tests)
+    expected = tuple(AssertTest(id=node, code="", trust="shared") for node in tests.expected)
+    problem = Problem(tests=expected, entry_point="workspace")
+    record = Record("", problem, open_sandbox, limits, stop_early=False)
+    record.flags |= {"hooks"} if hooks else set()
+    by_file: dict[str, list[AssertTest]] = {}
+    for test in expected:
+        by_file.setdefault(test.id.partition("::")[0], []).append(test)
+    for tests_of_file in by_file.values():
+        with closing(open_sandbox(limits)) as sandbox:
+            for path, data in placed.items():
+                sandbox.write(path, data)
+            for test in tests_of_file:
+                _grade(record, sandbox, test, tests.files)
+    return record.judgement()
+
+
+def _placed(files: Mapping[str, bytes], tests: FileTests) -> tuple[dict[str, bytes], list[str]]:
+    """The agent's files that are taken along, and those that hook into what judges."""
+    hidden = {check_path(path) for path in tests.files}
+    folders = {folder for path in hidden for folder in path.parents}
+    placed, hooks = {}, []
+    for name, data in files.items():
+        path = check_path(name)
+        if path.name in _HOOKS:
+            hooks.append(name)
+        elif not (path in hidden or path in folders or _lies_under(path, hidden) or path.suffix in _COMPILED):
+            placed[name] = data
+    return placed, hooks
+
+
+def _lies_under(path: PurePosixPath, hidden: set[PurePosixPath]) -> bool:
+    return any(parent in hidden for parent in path.parents)
+
+
+def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[str, bytes]) -> None:
+    outcome, garbled = "", False
+
+    def talk(channel: Channel) -> None:
+        nonlocal outcome, garbled
+        try:
+            outcome = _outcome(Line(channel), test.id)
+        except Garbled:
+            garbled = True
+
+    result = record.add(sandbox.run(python("grading_process"), stdin=talk, files=dict(hidden)))
+    if outcome and not is_over_cpu(result, record.limits):
+        record.flags |= {"exit_early"} if outcome == "silent" else set()
+        record.enter(test, "AC" if outcome == "passed" else "RE" if outcome == "silent" else "WA")
+    record.settle([test], result, garbled=garbled)
+
+
+def _outcome(line: Line, node: str) -> str:
+    """Raises BadData for a test that can't be run here, Garbled, Gone."""
+    line.send(["grade", node])
+    said = line.receive()
+    if said[0] == "unsupported":  # said before any of the agent's code is loaded
+        raise BadData(
+            f"the test {node!r} can't be run here: {said[1:]}; install pytest in the sandbox's Python"
+        )
+    nonce = secrets.token_hex(16)
+    line.send(["nonce", nonce])
+    told = line.receive()
+    if said != ["forked"] or len(told) != 4 or told[0] != "done" or told[3] != nonce:
+        raise Garbled("no outcome of a test")
+    return str(told[1])

@@ -1,0 +1,449 @@
+"""A control group per sandbox: memory and processes limited, CPU time summed, all killed from outside.
+
+Covered: cgroup v1 (memory, pids, cpuacct, freezer), v2 as root, v2 delegated to a user or a container, and
+none at all, when ``Hierarchy.missing`` says why and a group does nothing. Groups of processes that have
+ended are found by their names and removed. Not covered: limiting the speed of CPU or disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from agentrl.sandbox import Limits, SandboxLost
+from agentrl.sandboxing.owners import MARK, is_gone, is_running, this_process
+
+__all__ = ["Group", "Hierarchy", "expose", "find"]
+
+_MAIN = "agentrl-main"  # where delegated v2 puts what was in a group that is to have groups inside
+_OURS = re.compile(rf"agentrl-(?P<owner>{MARK})-\d+")
+_KILL_S = 10.0  # at most, from the signal until none is left
+_WAIT_S = 0.001  # between two looks
+_PLAIN = 3  # kills without stopping first; enough where pid 1 of a namespace is among them
+_numbers = itertools.count()
+
+
+def expose(pid: int) -> None:
+    """Have the kernel kill a process, and its children, before others where the machine lacks memory."""
+    _write(Path(f"/proc/{pid}/oom_score_adj"), "1000")
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """Where a number stands: its file, and the word before it where the file has several."""
+
+    controller: str
+    file: str
+    word: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a version of cgroups calls things."""
+
+    cpu: _Count
+    cpu_per_s: float
+    peak: _Count
+    oom_kills: _Count
+    pids_hit: _Count
+
+
+_LAYOUTS = {
+    1: _Layout(
+        cpu=_Count("cpuacct", "cpuacct.usage"),
+        cpu_per_s=1e9,
+        peak=_Count("memory", "memory.max_usage_in_bytes"),
+        oom_kills=_Count("memory", "memory.oom_control", "oom_kill"),
+        pids_hit=_Count("pids", "pids.events", "max"),
+    ),
+    2: _Layout(
+        cpu=_Count("unified", "cpu.stat", "usage_usec"),
+        cpu_per_s=1e6,
+        peak=_Count("unified", "memory.peak"),
+        oom_kills=_Count("unified", "memory.events", "oom_kill"),
+        pids_hit=_Count("unified", "pids.events", "max"),
+    ),
+}
+
+
+class Group:
+    """The processes of one sandbox, run after run; a group of no hierarchy holds and does nothing."""
+
+    def __init__(self, folders: Mapping[str, Path], version: Literal[0, 1, 2]) -> None:
+        self._folders = folders  # by controller; of v2 one, "unified"
+        self._version = version
+        self._layout = _LAYOUTS.get(version)
+        self._before: dict[_Count, int] = {}  # when the run began
+        self._open: dict[
+            tuple[str, str], int
+        ] = {}  # by controller and file; v2's peak is reset by descriptor
+
+    @property
+    def procs(self) -> tuple[Path, ...]:
+        """Files into each of which a process of one thread writes "0", or somebody its pid, to enter.
+
+        With v1, a thread that moves itself does not wait, where any other move takes some 10 ms: the kernel
+        waits until no process is forking (since 6.1, ``cgroup_procs_write_start``).
+        """
+        name = "tasks" if self._version == 1 else "cgroup.procs"
+        return tuple(folder / name for folder in self._folders.values())
+
+    def enter(self, pid: int) -> None:
+        """Put a process of one thread in, its children first in line when memory runs out.
+
+        Before it runs anything: what it has by then is counted elsewhere. Raises OSError.
+        """
+        for path in self.procs:
+            _write(path, str(pid))
+        expose(pid)
+
+    def limit(self, limits: Limits, *, spare_pids: int = 0) -> None:
+        """Enforce memory and pids; ``spare_pids``: processes of the launcher's own, inside as well.
+
+        Raises OSError(EBUSY) where files in memory, say, are more than that already.
+        """
+        most = -1 if limits.memory_mib is None else int(limits.memory_mib * 2**20)
+        pids = "max" if limits.pids is None else str(int(limits.pids) + spare_pids)
+        if self._version == 1:
+            if "pids" in self._folders:
+                _write(self._folders["pids"] / "pids.max", pids)
+            if "memory" in self._folders:
+                _limit_memory_v1(self._folders["memory"], most)
+        elif self._version == 2:
+            folder = self._folders["unified"]
+            bytes_ = "max" if most < 0 else str(most)
+            swap = "max" if most < 0 else "0"
+            for name, text in (("pids.max", pids), ("memory.max", bytes_), ("memory.swap.max", swap)):
+                if (folder / name).exists():  # else this host can't enforce it, as ``missing`` said
+                    _write(folder / name, text)
+
+    def begin(self) -> None:
+        """Count anew from here: a run begins."""
+        if self._layout is None:
+            return
+        for count in (self._layout.cpu, self._layout.oom_kills, self._layout.pids_hit):
+            self._before[count] = self._read(count)
+        with suppress(OSError):  # before 6.12, v2 can't; the peak is then of all runs
+            os.pwrite(self._descriptor(self._layout.peak.controller, self._layout.peak.file), b"0", 0)
+
+    def cpu_s(self) -> float:
+        """CPU seconds of all processes since ``begin``."""
+        return self._since(self._layout.cpu) / self._layout.cpu_per_s if self._layout else 0.0
+
+    def oom_kills(self) -> int:
+        """Processes killed for want of memory since ``begin``."""
+        return self._since(self._layout.oom_kills) if self._layout else 0
+
+    def pids_hit(self) -> int:
+        """Forks refused at the limit since ``begin``."""
+        return self._since(self._layout.pids_hit) if self._layout else 0
+
+    def peak_bytes(self) -> int:
+        """Most memory at once since ``begin``, files in memory included; 0 where it can't be read."""
+        return self._read(self._layout.peak) if self._layout else 0
+
+    def pids(self) -> list[int]:
+        """Of the processes inside that have not ended; none only if there is none."""
+        listed = self._listed()
+        while True:
+            running = [pid for pid in listed if is_running(pid)]
+            if running or not listed:
+                return running
+            # One may have been forked behind the list by another that has ended since.
+            again = self._listed()
+            if {*again} <= {*listed}:
+                return []
+            listed = again
+
+    def _listed(self) -> list[int]:
+        for controller in ("unified", "freezer", "pids", "memory", "cpuacct"):
+            if controller in self._folders:
+                with suppress(OSError):  # it is removed
+                    # Opened anew: v1 says the same for a second to who reads again without.
+                    return [int(pid) for pid in _words(self._folders[controller] / "cgroup.procs")]
+        return []
+
+    def kill(self) -> None:
+        """Kill every process inside, those included that are being forked; returns when none is left.
+
+        From any thread. Raises SandboxLost where some won't die, as in a disk's or a network's wait.
+        """
+        until = time.monotonic() + _KILL_S
+        looks = 0
+        while pids := self.pids():
+            if os.getpid() in pids:
+                raise SandboxLost("a sandbox's group holds the process that is to kill it")
+            if time.monotonic() > until:
+                raise SandboxLost(f"processes {pids[:5]} of a sandbox can't be killed: the kernel holds them")
+            looks += 1
+            if not self._kill_at_once():
+                self._kill_each(frozen=looks > _PLAIN)
+            time.sleep(_WAIT_S)
+
+    def remove(self) -> bool:
+        """Remove an empty group; whether it is gone. Idempotent."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+        gone = [_remove(folder) for folder in self._folders.values()]
+        return all(gone)
+
+    def close(self) -> bool:
+        """Kill, then remove."""
+        self.kill()
+        return self.remove()
+
+    def _kill_at_once(self) -> bool:
+        """Through cgroup.kill, which v2 has since 5.14."""
+        if "unified" not in self._folders:
+            return False
+        try:
+            _write(self._folders["unified"] / "cgroup.kill", "1")
+        except OSError:
+            return False
+        return True
+
+    def _kill_each(self, *, frozen: bool) -> None:
+        """One by one; ``frozen``: stopped meanwhile, so that none forks behind our back."""
+        state = self._folders["freezer"] / "freezer.state" if "freezer" in self._folders else None
+        on, off = "FROZEN", "THAWED"
+        if "unified" in self._folders:
+            state, on, off = self._folders["unified"] / "cgroup.freeze", "1", "0"
+        if frozen and state:
+            with suppress(OSError):
+                _write(state, on)
+        for pid in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if frozen and state:
+            with suppress(OSError):
+                _write(state, off)
+
+    def _since(self, count: _Count) -> int:
+        return self._read(count) - self._before.get(count, 0)
+
+    def _read(self, count: _Count) -> int:
+        if count.controller not in self._folders:
+            return 0
+        try:
+            words = self._content(count.controller, count.file).split()
+        except OSError:  # an older kernel has none, or the group is removed
+            return 0
+        if count.word:
+            word = count.word.encode()
+            words = words[words.index(word) + 1 :] if word in words else [b"0"]
+        return int(words[0])
+
+    def _content(self, controller: str, file: str) -> bytes:
+        """Of one of its files, which stays open: they are read often. Raises OSError."""
+        descriptor = self._descriptor(controller, file)
+        data = b""
+        while more := os.pread(descriptor, 1 << 16, len(data)):
+            data += more
+        return data
+
+    def _descriptor(self, controller: str, file: str) -> int:
+        if (controller, file) not in self._open:
+            path = self._folders[controller] / file
+            with suppress(PermissionError):
+                self._open[controller, file] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                return self._open[controller, file]
+            self._open[controller, file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[controller, file]
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """Where groups can be made, and what they enforce."""
+
+    version: Literal[0, 1, 2]  # 0: nowhere
+    folders: Mapping[str, Path] = field(default_factory=dict)  # by controller, that groups are made in
+    enforced: Mapping[str, str] = field(default_factory=dict)  # of cpu_s, memory_mib and pids: by what means
+    missing: Mapping[str, str] = field(default_factory=dict)  # of the same: why not, and what to do
+
+    def make(self, limits: Limits, *, spare_pids: int = 0) -> Group:
+        """A group of this process's with ``limits`` set, counting from now. Raises OSError."""
+        name = f"agentrl-{this_process()}-{next(_numbers)}"
+        group = Group({what: folder / name for what, folder in self.folders.items()}, self.version)
+        try:
+            for folder in self.folders.values():
+                (folder / name).mkdir()
+            group.limit(limits, spare_pids=spare_pids)
+            group.begin()
+        except OSError:
+            group.remove()
+            raise
+        return group
+
+    def sweep(self) -> int:
+        """Kill and remove the groups of owners that are gone; how many. Raises SandboxLost."""
+        names: dict[str, dict[str, Path]] = {}
+        for controller, folder in self.folders.items():
+            for path in folder.glob("agentrl-*"):
+                match = _OURS.fullmatch(path.name)
+                if match and is_gone(match["owner"]):
+                    names.setdefault(path.name, {})[controller] = path
+        return sum(Group(folders, self.version).close() for folders in names.values())
+
+
+def find(proc: Path = Path("/proc/self")) -> Hierarchy:
+    """What this process can use; ``proc`` has its "mountinfo" and "cgroup".
+
+    Where v2 is delegated, its group's processes, this one among them, are moved one level down: a group can't
+    have both processes and limited groups.
+    """
+    v1: dict[str, Path] = {}
+    v2: tuple[Path, Path] | None = None  # where it is mounted, and which group that is
+    for line in (proc / "mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        root, point = (_unescaped(part) for part in before.split()[3:5])
+        kind, _, options = after.split(maxsplit=2)
+        if kind == "cgroup":
+            v1.update(dict.fromkeys(options.split(","), Path(point)))
+        elif kind == "cgroup2":
+            v2 = Path(point), Path(root)
+    if v1.keys() & {"memory", "pids"}:
+        return _version_1(v1)
+    if v2 is not None:
+        return _version_2(*v2, proc / "cgroup")
+    return Hierarchy(0, missing=dict.fromkeys(_MEANS, "no cgroup file system is mounted: mount cgroup2"))
+
+
+_MEANS = {"cpu_s": "cpuacct", "memory_mib": "memory", "pids": "pids"}  # by which controller of v1
+_HELP = "run as root, or under 'systemd-run --user --scope -p Delegate=yes'"
+
+
+def _version_1(mounts: Mapping[str, Path]) -> Hierarchy:
+    folders, missing = {}, {}
+    for controller in (*_MEANS.values(), "freezer"):
+        if controller in mounts and os.access(mounts[controller], os.W_OK | os.X_OK):
+            folders[controller] = mounts[controller]
+    for limit, controller in _MEANS.items():
+        if controller not in mounts:
+            missing[limit] = f"cgroup v1 has no {controller} controller here: mount it"
+        elif controller not in folders:
+            missing[limit] = f"{mounts[controller]} is not writable: {_HELP}"
+    enforced = {
+        limit: f"cgroup v1, {controller}" for limit, controller in _MEANS.items() if controller in folders
+    }
+    return Hierarchy(1 if enforced else 0, folders if enforced else {}, enforced, missing)
+
+
+def _version_2(point: Path, root: Path, own: Path) -> Hierarchy:
+    try:
+        parent = _parent(point, root, own)
+        _check_writable(parent)
+        _enable(parent)
+    except OSError as error:
+        reason = f"cgroup v2 gives us no group ({error.strerror}: {error.filename}): {_HELP}"
+        return Hierarchy(0, missing=dict.fromkeys(_MEANS, reason))
+    given = _words(parent / "cgroup.subtree_control")
+    enforced, missing = {"cpu_s": f"cgroup v2, cpu.stat in {parent}"}, {}
+    for limit in ("memory_mib", "pids"):
+        controller = _MEANS[limit]
+        if controller in given:
+            enforced[limit] = f"cgroup v2, {controller} in {parent}"
+        else:
+            missing[limit] = f"cgroup v2 has no {controller} controller in {parent}: {_HELP}"
+    return Hierarchy(2, {"unified": parent}, enforced, missing)
+
+
+def _parent(point: Path, root: Path, own: Path) -> Path:
+    """The group to make ours in: the root of all where we may, else the one that this process is in."""
+    if not (point / "cgroup.events").exists() and os.access(point, os.W_OK):  # only the root has none
+        return point
+    line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")
+    here = Path(line.removeprefix("0::"))
+    if here.is_relative_to(root):  # not where the mount is of a namespace's own root
+        here = Path("/") / here.relative_to(root)
+    folder = Path(f"{point}{here}")
+    return folder.parent if folder.name == _MAIN else folder
+
+
+def _check_writable(folder: Path) -> None:
+    for path in (folder, folder / "cgroup.procs", folder / "cgroup.subtree_control"):
+        if not os.access(path, os.W_OK):
+            raise OSError(errno.EACCES, "not writable", str(path))
+
+
+def _enable(parent: Path) -> None:
+    """Hand the controllers that there are down to the groups in ``parent``. Raises OSError."""
+    control = parent / "cgroup.subtree_control"
+    wanted = {"memory", "pids"} & {*_words(parent / "cgroup.controllers")} - {*_words(control)}
+    order = " ".join(f"+{controller}" for controller in sorted(wanted))
+    if not order:
+        return
+    if (parent / "cgroup.events").exists():
+        _move_down(parent)
+    _write(control, order)
+
+
+def _move_down(parent: Path) -> None:
+    """Empty a group that is delegated to us, all of whose processes are ours to place."""
+    (parent / _MAIN).mkdir(exist_ok=True)
+    for _ in range(100):  # some may fork meanwhile
+        pids = _words(parent / "cgroup.procs")
+        if not pids:
+            return
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                _write(parent / _MAIN / "cgroup.procs", pid)
+    raise OSError(errno.EBUSY, "its processes fork faster than they are moved", str(parent))
+
+
+def _limit_memory_v1(folder: Path, most: int) -> None:
+    """Memory, and memory with swap, which may at no time be less than memory alone."""
+    limit, both = folder / "memory.limit_in_bytes", folder / "memory.memsw.limit_in_bytes"
+    if not both.exists():
+        _write(limit, str(most))
+        with suppress(OSError):
+            _write(folder / "memory.swappiness", "0" if most >= 0 else "60")
+        return
+    try:
+        _write(limit, str(most))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        _write(both, str(most))
+        _write(limit, str(most))
+    _write(both, str(most))
+
+
+def _remove(folder: Path) -> bool:
+    """Whether a group's folder is gone; on a busy machine, the dead take a while to leave it."""
+    until = time.monotonic() + _KILL_S
+    while True:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(_WAIT_S)
+
+
+def _unescaped(path: str) -> str:
+    """A path of mountinfo, in which spaces and the like stand as octal."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+
+
+def _words(path: Path) -> list[str]:
+    return path.read_text().split()
+
+
+def _write(path: Path, text: str) -> None:
+    """In one write, as the kernel wants it."""
+    file = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+    try:
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
