@@ -123,7 +123,7 @@ def test_a_crash_and_an_early_exit_are_runtime_errors(
 
 
 def test_the_wall_clock_is_the_submissions_own(judge: Judge) -> None:
-    hurried = Judge(make_sandbox("process"), limits=Limits(**{**_fields(_TRUSTED), "wall_s": 6}))
+    hurried = Judge(make_sandbox("process"), limits=Limits(**{**_fields(_TRUSTED), "wall_s": 3}))
     for problem, solution in (
         (_CALLS, "import time\ndef f(x):\n    time.sleep(1e9)"),
         (_ASSERTS, "import time\ndef f(x):\n    time.sleep(1e9)"),

@@ -17,7 +17,7 @@ from agentrl.sandbox import Limits
 _TRUSTED = Limits(
     cpu_s=None, memory_mib=None, pids=None, disk_mib=None, wall_s=60, output_kib=64, network=True
 )
-_HARDENED = Limits(wall_s=15)  # which some attacks wait for, twice
+_HARDENED = Limits(wall_s=6)  # which some attacks wait for, twice
 _CALLS = Problem(
     entry_point="f",
     tests=(CallTest(id="one", args=(1,), expected=731), CallTest(id="two", args=([2],), expected=[4, 6])),

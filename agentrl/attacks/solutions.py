@@ -173,8 +173,8 @@ def solve(*a):
 import json, sys, types
 class Any:
     def __getattr__(self, name): return lambda *a, **k: {"ok": True, "verdict": "AC", "passed": True}
-for name in ("unittest", "pytest", "_pytest", "numpy", "numpy.testing", "math", "plain", "comparing",
-    "pickle", "ast"):
+for name in ("unittest", "pytest", "_pytest", "numpy", "numpy.testing", "math", "agentrl.judging.plain",
+    "agentrl.judging.comparing", "agentrl.judging.solution_process", "pickle", "ast"):
     sys.modules[name] = Any()
 json.dumps = lambda *a, **k: '{"ok": true, "verdict": "AC", "outcomes": []}'
 json.loads = lambda *a, **k: {"ok": True}
