@@ -139,8 +139,8 @@ class Engine:
 
     def _remove_unsure(self) -> None:
         """Remove what the engine may have made although it did not say so, as soon as it answers again."""
-        for name in list(self._unsure):
-            with contextlib.suppress(SandboxLost):
+        with contextlib.suppress(SandboxLost):
+            for name in list(self._unsure):
                 self.remove(name)
                 self._unsure.discard(name)
 
