@@ -75,7 +75,10 @@ async def prepare_base(
 async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[], Env], path: Path) -> None:
     with closing(make_env()) as env:
         indices = make_schedule(config, env, "tokenizer").take(0, tiny.texts)
-        texts = [text for index in indices for text in await _gold_texts(config, env, index)]
+        split = config.environment.train
+        places = [place_in(env.task_list(split), index, split=split) for index in indices]
+        said = {place: await _gold_texts(env, split, place) for place in dict.fromkeys(places)}
+        texts = [text for place in places for text in said[place]]
     shape = TinyShape(**tiny.model_dump(exclude={"texts"}), max_position=config.rollout.max_episode_tokens)
     seed = derive(config.seed, "tiny model") % 2**32
 
@@ -86,10 +89,8 @@ async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[],
     write_folder(path, write)
 
 
-async def _gold_texts(config: RunConfig, env: Env, index: int) -> list[str]:
-    """Everything that is said in the gold episode of a task; ``index`` is its place in endless passes."""
-    split = config.environment.train
-    index = place_in(env.task_list(split), index, split=split)
+async def _gold_texts(env: Env, split: str, index: int) -> list[str]:
+    """Everything that is said in the gold episode of a task."""
     env.reset(seed=0, options={"split": split, "index": index})
     for message in env.gold(env.task):
         await env.astep(message)
