@@ -48,6 +48,7 @@ def right(job):
 def work(job):
     return right(job) if job.get("probe") else judge(job)
 """
+LONG = int(os.environ.get("AGENTRL_STORM", "60"))  # steps of the slow test, a multiple of 20; once: 200
 TOOL_DEADLINE_S = 0.3
 RESULT_CHARS = 60
 ARGS = {
@@ -371,7 +372,7 @@ def test_a_run_of_ten_steps_counts_what_was_injected(
 
 
 @pytest.mark.slow
-def test_two_hundred_steps_in_a_storm_learn_what_a_calm_run_learns(
+def test_many_steps_in_a_storm_learn_what_a_calm_run_learns(
     storm: Callable[..., Injector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = dict.fromkeys(STORM, 0.0)
@@ -406,7 +407,7 @@ def test_two_hundred_steps_in_a_storm_learn_what_a_calm_run_learns(
                     name,
                     tmp_path,
                     model={"path": str(base)},
-                    steps=200,
+                    steps=LONG,
                     environment={"args": {**ARGS, **narrow}},
                     rollout={"max_turn_tokens": 48, "max_episode_tokens": 256, "tasks_per_step": 8},
                     lora={"r": 16, "alpha": 32, "train_norms": True},
@@ -414,11 +415,11 @@ def test_two_hundred_steps_in_a_storm_learn_what_a_calm_run_learns(
                 )
             )
         rows = train_rows(tmp_path / name)
-        assert len(rows) == 200
+        assert len(rows) == LONG
         assert counted(rows) == injector.injected
         curves.append(np.array([row["reward/mean"] for row in rows]))
     assert set(injector.injected) == set(STORM)
-    calm_curve, stormy_curve = (curve.reshape(10, 20).mean(1) for curve in curves)
+    calm_curve, stormy_curve = (curve.reshape(-1, 20).mean(1) for curve in curves)
     # A mean of 640 episodes each; two runs of one configuration with different seeds differ by as much.
     assert np.abs(calm_curve - stormy_curve).mean() < 0.1
     assert stormy_curve[-1] > stormy_curve[0]
