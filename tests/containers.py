@@ -82,6 +82,7 @@ class Gate:
         """As an engine that is stopped."""
         with suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
+        self._threads[0].join()  # it takes no more in, so all ends are known
         self._is_open.set()
         for end in self._ends:
             with suppress(OSError):

@@ -80,6 +80,7 @@ def test_an_engine_that_is_stopped_during_a_run_is_the_worlds_fault(gate: Gate) 
     assert until(lambda: not _running()), "hung up on, a container ends and is removed"
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_is_the_worlds_fault_after_a_while(gate: Gate) -> None:
     backend = docker_backend(base_url=f"unix://{gate.path}", patience_s=12, outage_s=1)
     sandbox = backend.open(LIMITS)

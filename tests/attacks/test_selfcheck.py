@@ -101,6 +101,7 @@ def _results(report: Report) -> Mapping[str, str]:
     return {row.name: row.result for row in report.rows}
 
 
+@pytest.mark.slow
 def test_a_backend_that_lies_is_found_out() -> None:
     report = self_check(Liar(), adversarial=True, only=_HARMLESS)
     results = _results(report)

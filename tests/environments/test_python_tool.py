@@ -117,6 +117,7 @@ def test_limits_are_named(env: Any) -> None:
         agentrl.make("python_tool", limits={"cpus": 3})
 
 
+@pytest.mark.slow
 def test_it_passes_the_shared_checks() -> None:
     report = agentrl.check("python_tool", episodes=2, endurance=20, **SETTINGS)
     assert report.ok, str(report)

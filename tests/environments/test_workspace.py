@@ -159,6 +159,7 @@ def test_a_file_of_tasks_that_is_none_is_refused(tmp_path: Path, text: str, said
         agentrl.make("workspace", path=str(tmp_path / "none.txt")).task_list("train")
 
 
+@pytest.mark.slow
 def test_it_passes_the_shared_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     harmless = [attack for attack in cheating.VERDICTS if attack.name in ("leave-os-exit", "text-prose")]
     monkeypatch.setattr(cheating, "VERDICTS", harmless)  # programs are plain processes here
