@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from agentrl.errors import BadConfig
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import GUARANTEES, LIMITS, Backend, Limits, Survey
 from agentrl.sandboxing.doctor import strongest, survey_all
+
+# Where no engine answers, docker's SDK leaves the socket of its connection to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 
 # What a host survives of the catalogue where nothing is enforced.
 _HARMLESS = (
@@ -43,6 +47,12 @@ _HARMLESS = (
     "fill-work",
     "links-to-the-host",
 )
+
+
+@pytest.fixture(autouse=True)
+def _collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 class Liar:
