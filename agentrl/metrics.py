@@ -26,11 +26,11 @@ def describe_groups(groups: Sequence[Group]) -> dict[str, float]:
     ``fault/*`` and ``tool/*`` count over all attempts at all episodes.
 
     ``reward/*`` (the environment's units), ``sandbox/hack_flags`` (an episode's parts of that name, summed),
-    ``group/*`` (fraction of groups whose rewards differ, standard
-    deviation within groups), ``episode/*`` (turns, sampled tokens, fractions), ``stop/*`` (fractions of
-    episodes), ``call/*`` (fractions of attempted calls), ``tool/*`` (calls that a ToolError ended, that the
-    deadline ended, whose result was cut), ``fault/<boundary>`` (failures of the world, those that a retry
-    healed included), ``fault/retried`` (how many of these were healed or tried again).
+    ``group/*`` (fraction of groups whose rewards differ, standard deviation within groups), ``episode/*``
+    (turns, sampled tokens, fractions), ``stop/*`` (fractions of episodes), ``call/*`` (fractions of attempted
+    calls), ``tool/*`` (calls that a ToolError ended, that the deadline ended, whose result was cut),
+    ``fault/<boundary>`` (failures of the world, those that a retry healed included), ``fault/retried`` (how
+    many of these were healed or tried again).
     """
     episodes = [trajectory for group in groups for trajectory in group.trajectories]
     valid = [trajectory for trajectory in episodes if trajectory.valid]
@@ -114,11 +114,11 @@ def _rewards(groups: Sequence[Group], valid: Sequence[Trajectory]) -> dict[str, 
     flags: list[float] = []
     for trajectory in valid:
         scored = trajectory.score.parts if trajectory.score else {}
+        signs = [value for name, value in scored.items() if _is_flag(name)]
+        flags += [sum(signs)] if signs else []
         for name, value in scored.items():
             if not _is_flag(name):
                 parts.setdefault(name, []).append(value)
-        if any(map(_is_flag, scored)):
-            flags.append(sum(value for name, value in scored.items() if _is_flag(name)))
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),

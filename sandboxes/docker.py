@@ -97,7 +97,8 @@ class Docker:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._survey: Survey | None = None
-        self._is_swept = self._is_closed = False
+        self._is_swept = False
+        self._closing = threading.Event()
         self._open: set[_Session] = set()
 
     def survey(self) -> Survey:
@@ -151,7 +152,7 @@ class Docker:
         session = self._make(limits)
         with self._lock:
             self._open.add(session)
-            is_closed = self._is_closed
+            is_closed = self._closing.is_set()
         if is_closed:  # meanwhile
             session.close()
             raise SandboxLost("this docker backend is closed: make another")
@@ -166,11 +167,11 @@ class Docker:
                 return _Session(self._engine, self._pool, limits, on_close=self._forget)
             except SandboxLost:
                 is_away = not self._engine.can_be_reached()
-                if self._is_closed or time.monotonic() >= until or not (is_away or was_away):
+                if self._closing.is_set() or time.monotonic() >= until or not (is_away or was_away):
                     raise
                 was_away = is_away
             if is_away:
-                time.sleep(_OUTAGE_POLL_S)
+                self._closing.wait(_OUTAGE_POLL_S)
 
     def sweep(self) -> int:
         """Remove containers whose owner, a process of this machine, is gone."""
@@ -179,7 +180,7 @@ class Docker:
     def close(self) -> None:
         """Close every session, remove what is ready, and wait until nothing is left."""
         with self._lock:
-            self._is_closed = True
+            self._closing.set()
             sessions = list(self._open)
         self._pool.close()
         for session in sessions:

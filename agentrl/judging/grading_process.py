@@ -99,9 +99,8 @@ def _child(node: str, nonce: bytes, said: int) -> None:
     path, *names = node.split("::")
     sys.dont_write_bytecode = True
     sys.pycache_prefix = tempfile.mkdtemp()  # a planted .pyc is not looked for there
-    run = (
-        _with_pytest if importlib.util.find_spec("pytest") else _without_pytest
-    )  # before theirs can be found
+    # Looked for before theirs can be found.
+    run = _with_pytest if importlib.util.find_spec("pytest") else _without_pytest
     sys.path += [os.getcwd(), os.path.dirname(os.path.abspath(path))]
     originals = [(kind, dict(vars(kind))) for kind in (unittest.TestCase, unittest.TestResult)]
     try:
