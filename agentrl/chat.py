@@ -18,6 +18,7 @@ A :class:`Chat` holds no conversation: one serves any number of episodes with th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -45,6 +46,7 @@ _MARK: Final = "\U0010fffd"
 _MARKED = re.compile(f"{_MARK}([0-9]+){_MARK}")
 # Most templates take any id; Mistral's want nine letters or digits.
 _CALL_IDS: Final = ("call_{}", "{:09d}")
+_REMEMBERED: Final = 128  # openings, and what was added to conversations: as many as are in flight, or fewer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,9 +86,15 @@ class Chat:
         stops = {self.end_of_turn, *stop_token_ids, self.tokenizer.eos_token_id} - {None}
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(stops))
         self._call_id = self._find_call_id()
+        # Siblings begin alike, and many of them hear the same from their tools.
+        self._opened_before = functools.lru_cache(maxsize=_REMEMBERED)(self._opened)
+        self._added_before = functools.lru_cache(maxsize=_REMEMBERED)(self._suffix)
 
     def open(self, messages: Sequence[Message]) -> IntArray:
         """The first prompt, (P,): the messages, the tools, and the header of the assistant's turn."""
+        return (self._opened_before if _is_hashable(messages) else self._opened)(tuple(messages))
+
+    def _opened(self, messages: tuple[Message, ...]) -> IntArray:
         return self._encode(self.render(messages, generate=True))
 
     def say(self, conversation: Sequence[Message], message: Message) -> IntArray:
@@ -130,7 +138,8 @@ class Chat:
         if self.history == "template" and any(message.role == "user" for message in new):
             with suppress(UnsupportedModel):
                 return self._rendered_anew([*messages, *new], np.concatenate([prompt_ids, said]))
-        suffix = self._suffix(new)  # begins with the end of turn
+        suffix_of = self._added_before if _is_hashable(new) else self._suffix
+        suffix = suffix_of(tuple(new))  # begins with the end of turn
         ended = len(said) > 0 and int(said[-1]) == self.end_of_turn
         return Extension(suffix[1:] if ended else suffix, extends=True)
 
@@ -163,7 +172,7 @@ class Chat:
             return Extension(whole[len(seen) :], extends=True)
         return Extension(whole, extends=False)
 
-    def _suffix(self, new: Sequence[Message]) -> IntArray:
+    def _suffix(self, new: tuple[Message, ...]) -> IntArray:
         """The ids from the end of an assistant's turn through ``new`` to the next turn's header.
 
         They are cut from a short conversation, so a turn costs its own length and not the conversation's.
@@ -251,7 +260,9 @@ class Chat:
         return ends
 
     def _encode(self, text: str) -> IntArray:
-        return np.array(self._forgeries.encode(text), dtype=np.int32)
+        token_ids = np.array(self._forgeries.encode(text), dtype=np.int32)
+        token_ids.setflags(write=False)  # conversations share it
+        return token_ids
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(
@@ -335,6 +346,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 _ASKED: Final = Message("user", "Hello")
+
+
+def _is_hashable(messages: Sequence[Message]) -> bool:
+    """Arguments of calls are mappings, which are not."""
+    return not any(message.tool_calls for message in messages)
 
 
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:

@@ -59,6 +59,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
     declared: ClassVar[Mapping[str, str]] = {}
 
     completion_tokens: int  # sampled in this episode; whoever samples adds to it before each action
+    is_cut: bool  # a token limit cut the last assistant message off
     timings: dict[str, float]  # seconds by stage of this episode: "step", or "tools" and "reward"
     at_boundary: str  # where it works now: "tool", "reward", else "environment"
 
@@ -84,6 +85,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         self.render_mode = render_mode
         self.observation_space, self.action_space = Chat(), Assistant(self.tools)
         self.completion_tokens, self.timings, self.at_boundary = 0, {}, "environment"
+        self.is_cut = False
         self._task: Task | None = None
         self._messages: list[Message] = []
         self._running = False
@@ -180,6 +182,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         self._messages = []
         self._running = True
         self.completion_tokens, self.timings, self.at_boundary = 0, {}, "environment"
+        self.is_cut = False
         with self._naming("setup"):
             self.setup(self._task)
         opening = self.opening(self._task)
@@ -198,11 +201,13 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
     def truncate(self, reason: str, message: Message | None = None) -> Step:
         """End the episode because a budget outside it ran out (tokens, context); it is scored as it stands.
 
-        ``message`` is what the assistant had said of its last turn; its tool calls are not run.
+        ``message`` is what the assistant had said of its last turn; its tool calls are not run, and it is no
+        answer: a policy that is paid for one that it never ends learns not to end it.
         """
         self._check_running()
         if message is not None:
             self.accept(message)
+            self.is_cut = True
         with self._timing("reward"), self._naming("reward"):
             score = self.score()
         return self.transition(score=score, stop_reason=reason, truncated=True)

@@ -181,6 +181,8 @@ class Learner:
         steps: int,
         seed: int,  # of the adapter's first weights
     ) -> None:
+        from peft import get_peft_model_state_dict
+
         self.policy = adapt(model, lora, seed=seed)
         self._algorithm = algorithm
         self._clip = ClipRange(algorithm.clip_low, algorithm.clip_high)
@@ -188,6 +190,8 @@ class Learner:
             algorithm.importance or "none", cap=algorithm.importance_cap, floor=algorithm.importance_floor
         )
         self.optimization = Optimization(model, optimizer=optimizer, batch=batch, steps=steps)
+        # PEFT's names over the very memory of the parameters: looking for them takes long.
+        self._tensors: dict[str, Tensor] = get_peft_model_state_dict(self.policy)
 
     def score_reference(self, samples: Sequence[Sample], *, temperature: float) -> list[Sample]:
         """The samples with ``reference``: logprobs under the base without its adapter."""
@@ -293,12 +297,7 @@ class Learner:
 
     def publish(self) -> Adapter:
         """A copy of the adapter, as PEFT saves it."""
-        from peft import get_peft_model_state_dict
-
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in get_peft_model_state_dict(self.policy).items()
-        }
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors.items()}
         return Adapter(self.policy.peft_config["default"].to_dict(), tensors)
 
 

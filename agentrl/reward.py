@@ -38,10 +38,13 @@ class Evidence:
     messages: tuple[Message, ...]  # the whole conversation
     env: Any = None  # the environment in its final state, for rewards that inspect it
     completion_tokens: int = 0  # sampled in this episode so far; 0 where nobody counted (stepped by hand)
+    is_cut: bool = False  # a token limit cut the last assistant message off
 
     @property
     def answer(self) -> str:
-        """The text of the last assistant message; "" if the assistant said nothing."""
+        """The text of the last assistant message; "" if the assistant said nothing or was cut off in it."""
+        if self.is_cut:
+            return ""
         return next((m.content for m in reversed(self.messages) if m.role == "assistant"), "")
 
 

@@ -119,7 +119,7 @@ class ToolEnv(Env):
 
     def score(self) -> Score | float:
         """The reward of the conversation as it stands."""
-        return self._reward(Evidence(self.task, self.messages, self, self.completion_tokens))
+        return self._reward(Evidence(self.task, self.messages, self, self.completion_tokens, self.is_cut))
 
     def end(self, stop_reason: str) -> None:
         """End the episode once the calls of this message are answered: for tools that submit or solve."""

@@ -1,7 +1,7 @@
 r"""Did the conversation follow the protocol? 1.0 where every rule holds, else 0.0; the parts say which broke.
 
 ``calls``: every tool call could be read and fits its tool's schema. ``answer``: the conversation ends with an
-assistant message that says something outside thinking and calls nothing. ``box``: that message has exactly
+assistant message that says something outside thinking, calls nothing and was not cut off. ``box``: that message has exactly
 one ``\boxed{...}``.
 """
 
@@ -24,7 +24,7 @@ class Format:
         """1.0 or 0.0, with one part per rule."""
         last = evidence.messages[-1] if evidence.messages else Message("assistant", "")
         bad = [call for message in evidence.messages for call in message.tool_calls if call.status != "ok"]
-        spoke = last.role == "assistant" and not last.tool_calls
+        spoke = last.role == "assistant" and not last.tool_calls and not evidence.is_cut
         answered = spoke and bool(visible_text(last.content).strip())
         broken = {
             "calls": f"a tool call with status {bad[0].status}" if bad else "",

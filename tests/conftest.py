@@ -293,7 +293,7 @@ def sums() -> type[Env]:
 
 
 class Letters(ToolEnv):
-    """Rewards an answer of an odd number of characters: half of what random weights say."""
+    """Rewards an odd number of characters, cut off or not: half of what random weights say."""
 
     def tasks(self, split: str) -> Sequence[Task]:
         return [Task(id=f"{split}-{index}", prompt=(Message("user", f"Say {index}"),)) for index in range(5)]
@@ -304,7 +304,7 @@ class Letters(ToolEnv):
         return at
 
     def reward(self, evidence: Any) -> float:
-        return float(len(evidence.answer) % 2)
+        return float(len(evidence.messages[-1].content) % 2)
 
     def gold(self, task: Task) -> Sequence[Message]:
         return (Message("assistant", "a"),)

@@ -41,7 +41,7 @@ class Letters(ToolEnv):
 
     def reward(self, evidence: Any) -> float:
         type(self).on_score(self)
-        return float(len(evidence.answer) % 2)
+        return float(len(evidence.messages[-1].content) % 2)
 
     def reset(self, **settings: Any) -> Any:
         self.begun.append(self)

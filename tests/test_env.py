@@ -7,6 +7,7 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -159,11 +160,20 @@ def test_a_single_turn_environment_terminates() -> None:
 
 def test_an_outside_budget_truncates_and_scores_what_stands() -> None:
     env = begun()
-    observation, reward, terminated, truncated, info = asyncio.run(env.atruncate("length", answer("2")))
+    env.step(replace(calls(("echo", {"text": "a"})), content="2"))
+    observation, reward, terminated, truncated, info = asyncio.run(env.atruncate("context"))
     assert (observation, reward, terminated, truncated) == ((), 1.0, False, True)
-    assert info["stop_reason"] == "length"
-    assert env.messages[-1] == answer("2")
+    assert info["stop_reason"] == "context"
     assert begun().truncate("context")[1] == 0.0
+
+
+def test_an_answer_that_was_cut_off_is_kept_and_is_no_answer() -> None:
+    env = begun()
+    _, reward, _, truncated, info = env.truncate("length", answer("2"))
+    assert (reward, truncated, info["stop_reason"]) == (0.0, True, "length")
+    assert env.messages[-1] == answer("2")
+    env.reset(seed=0, options={"split": "train", "index": 2})
+    assert env.step(answer("2"))[1] == 1.0
 
 
 def test_calls_of_a_truncated_message_are_not_run() -> None:

@@ -169,10 +169,10 @@ def adapter(make_model: Any, tmp_path: Path) -> Path:
 
 
 class Exclaims(Marks):
-    """Rewards an answer of nothing but exclamation marks."""
+    """Rewards nothing but exclamation marks, which are cut off."""
 
     def reward(self, evidence: Any) -> float:
-        return float(evidence.answer == "!" * 12)
+        return float(evidence.messages[-1].content == "!" * 12)
 
 
 def test_evaluate_measures_a_checkpoint_and_its_adapter(tiny_checkpoint: Path, adapter: Path) -> None:
@@ -217,7 +217,7 @@ def test_evaluate_works_under_a_running_event_loop(tiny_checkpoint: Path) -> Non
 def test_the_same_seed_measures_the_same(tiny_checkpoint: Path) -> None:
     class Even(Marks):
         def reward(self, evidence: Any) -> float:
-            return float(len(evidence.answer) % 2)
+            return float(len(evidence.messages[-1].content) % 2)
 
     def counts(seed: int) -> tuple[TaskCount, ...]:
         settings = {"n": 8, "tasks": 3, "seed": seed, "sampling": SAMPLING}

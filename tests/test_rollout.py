@@ -198,7 +198,7 @@ def test_a_turn_that_is_cut_off_ends_the_episode_and_its_calls_are_not_run(
     sums: type[Env], scripted_engine: Any, chats: Chats
 ) -> None:
     trajectory = only(run(sums, scripted_engine(CALL + " and so on" * 20), chats, max_turn_tokens=60))
-    assert trajectory.stop_reason == "length"
+    assert (trajectory.stop_reason, trajectory.reward) == ("length", 0.0)
     assert [message.role for message in trajectory.messages] == ["user", "assistant"]
     assert len(trajectory.messages[-1].tool_calls) == 1
     assert len(trajectory.turns[0].completion.token_ids) == 60

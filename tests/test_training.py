@@ -37,7 +37,7 @@ SEED = 4
 
 
 class Letters(ToolEnv):
-    """Rewards an answer of an odd number of characters: half of what random weights say."""
+    """Rewards an odd number of characters, cut off or not: half of what random weights say."""
 
     on_score: ClassVar[Callable[[Letters], None]] = staticmethod(lambda env: None)
 
@@ -46,7 +46,7 @@ class Letters(ToolEnv):
 
     def reward(self, evidence: Any) -> float:
         type(self).on_score(self)
-        return float(len(evidence.answer) % 2)
+        return float(len(evidence.messages[-1].content) % 2)
 
 
 @pytest.fixture(autouse=True)
@@ -586,7 +586,7 @@ class Letters(ToolEnv):
         return [Task(id=f"{split}-{i}", prompt=(Message("user", f"Say {i}"),)) for i in range(5)]
 
     def reward(self, evidence):
-        return float(len(evidence.answer) % 2)
+        return float(len(evidence.messages[-1].content) % 2)
 """
 
 

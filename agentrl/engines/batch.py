@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agentrl.engine import Sampling
 from agentrl.engines.cache import Decode, KVCache, Prefill, Span
+from agentrl.engines.pasts import Pasts
 from agentrl.engines.sampling import draw, uniforms
 from agentrl.errors import AgentRLError
 from agentrl.models import backbone, head
@@ -68,7 +69,8 @@ class Batch:
         self._cache = KVCache(max_sequences)
         self._rows = np.zeros(max_sequences, _ROW)
         self._requests: list[Request] = []  # of the rows [0, active)
-        self._held: list[bytes] = [b""] * max_sequences  # token ids whose keys an idle row holds
+        self._pasts = Pasts(max_sequences)
+        self._order = np.arange(max_sequences)  # where each row's keys still stand, until they are settled
         self._said = np.zeros((max_sequences, 64), np.int32)
         self._logprobs = np.zeros((max_sequences, 64), np.float32)
         self._clock = 0
@@ -86,7 +88,8 @@ class Batch:
 
     def _drop(self) -> None:
         self._requests.clear()
-        self._held = [b""] * self.max_sequences
+        self._pasts = Pasts(self.max_sequences)
+        self._order = np.arange(self.max_sequences)
         self._rows["used"] = 0
 
     @torch.no_grad()
@@ -127,7 +130,7 @@ class Batch:
         """Compute what is new in each prompt, the same prompt only once, and sample each request's first
         token."""
         # Conversations that go on take their rows before new ones look for a row to overwrite.
-        fresh = sorted(fresh, key=lambda request: not self._past(request.prompt_ids.tobytes())[1])
+        fresh = sorted(fresh, key=lambda request: self._pasts.longest(request.prompt_ids.tobytes()) is None)
         first = len(self._requests)
         leaders: dict[bytes, tuple[int, int]] = {}  # prompt -> its row, and its place among the spans
         spans: list[Span] = []
@@ -140,19 +143,20 @@ class Batch:
         computed = sum(span.count for span in spans)
         self.stopwatch.count("rollout/prefill_tokens", computed)
         self.stopwatch.count("rollout/reused_tokens", sum(len(r.prompt_ids) for r in fresh) - computed)
+        self._settle()
         logits = self._prompt_logits(spans)
         places = [leaders[request.prompt_ids.tobytes()] for request in fresh]
-        for row, (leader, _) in enumerate(places, start=first):
-            if row != leader:
-                self._cache.copy(leader, row, int(self._rows["length"][row]))
+        followers = [(leader, row) for row, (leader, _) in enumerate(places, start=first) if row != leader]
+        if followers:
+            self._copy(*map(list, zip(*followers, strict=True)))
         self._sample(first, logits[[place for _, place in places]])
 
     def _seat(self, request: Request, key: bytes) -> int:
         """Give ``request`` the first idle row; returns how many of its prompt's tokens the cache holds
         already."""
-        row, (idle, known) = len(self._requests), self._past(key)
-        self._exchange(row, idle, length=known // _ID_BYTES)
-        self._held[row] = b""
+        row, (idle, known) = len(self._requests), self._idle_row(key)
+        self._exchange(row, idle)
+        self._pasts.hold(row, b"")
         sampling = request.sampling
         self._rows[row] = (
             len(request.prompt_ids),
@@ -170,26 +174,31 @@ class Batch:
         self._widen(sampling.max_tokens)
         return known // _ID_BYTES
 
-    def _past(self, key: bytes) -> tuple[int, int]:
+    def _idle_row(self, key: bytes) -> tuple[int, int]:
         """The idle row that holds the longest beginning of a prompt, and its bytes; else the row longest
         unused, 0."""
         first = len(self._requests)
-        best, known = first + int(self._rows["used"][first:].argmin()), 0
-        for row in range(first, self.max_sequences):
-            held = self._held[row]
-            if known < len(held) < len(key) and key.startswith(held):
-                best, known = row, len(held)
-        return best, known
+        return self._pasts.longest(key) or (first + int(self._rows["used"][first:].argmin()), 0)
 
-    def _exchange(self, first: int, second: int, *, length: int) -> None:
-        """Swap two rows with all that is kept of them."""
+    def _exchange(self, first: int, second: int) -> None:
+        """Swap two rows with all that is kept of them; their keys follow when they are settled."""
         if first == second:
             return
-        length = max(length, len(self._held[first]) // _ID_BYTES, len(self._held[second]) // _ID_BYTES)
-        self._cache.swap(first, second, length)
-        for array in (self._rows, self._said, self._logprobs):
+        for array in (self._rows, self._said, self._logprobs, self._order):
             array[[first, second]] = array[[second, first]]
-        self._held[first], self._held[second] = self._held[second], self._held[first]
+        self._pasts.swap(first, second)
+
+    def _settle(self) -> None:
+        """Move all keys at once to where their rows have gone."""
+        moved = np.flatnonzero(self._order != np.arange(self.max_sequences))
+        if len(moved):
+            self._copy(self._order[moved], moved)
+            self._order = np.arange(self.max_sequences)
+
+    def _copy(self, sources: Any, targets: Any) -> None:
+        """Give rows the keys of others, as far as the longest of them reaches."""
+        length = int(self._rows["length"][targets].max())
+        self._cache.copy(self._tensor(sources), self._tensor(targets), length)
 
     def _widen(self, tokens: int) -> None:
         if tokens > self._said.shape[1]:
@@ -257,15 +266,17 @@ class Batch:
             request.logprobs = self._logprobs[row, :count].copy()
             past = np.concatenate([request.prompt_ids, request.token_ids[:-1]])  # the last one was never fed
             self._clock += 1
-            self._held[row], rows["used"][row] = past.tobytes(), self._clock
+            rows["used"][row] = self._clock
+            self._pasts.hold(row, past.tobytes())
             self._vacate(row)
             finished.append(request)
+        self._settle()
         return finished[::-1]
 
     def _vacate(self, row: int) -> None:
         """Move an idle row behind the active ones."""
         end = len(self._requests) - 1
-        self._exchange(row, end, length=int(self._rows["length"][[row, end]].max()))
+        self._exchange(row, end)
         self._requests[row] = self._requests[end]
         self._requests.pop()
 

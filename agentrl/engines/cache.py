@@ -65,21 +65,14 @@ class KVCache:
         keys, values = self._layers[layer]
         return keys[rows, :, :length], values[rows, :, :length]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give ``target`` the first ``length`` tokens of ``source``."""
-        for pair in self._layers.values():
-            for part in pair:
-                part[target, :, :length] = part[source, :, :length]
+    def copy(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Give the rows ``targets`` (N,) the first ``length`` tokens of the rows ``sources`` (N,).
 
-    def swap(self, first: int, second: int, length: int) -> None:
-        """Exchange the first ``length`` tokens of two rows."""
-        if first == second:
-            return
+        All at once: a row may be among both.
+        """
         for pair in self._layers.values():
             for part in pair:
-                kept = part[first, :, :length].clone()
-                part[first, :, :length] = part[second, :, :length]
-                part[second, :, :length] = kept
+                part[targets, :, :length] = part[sources, :, :length]
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,5 +48,10 @@ def test_a_broken_rule_makes_it_zero_and_is_named(messages: list[Message], broke
     assert result.note
 
 
+def test_a_message_that_was_cut_off_is_no_answer() -> None:
+    evidence = Evidence(Task(id="t", prompt=()), (FINAL,), is_cut=True)
+    assert agentrl.make_reward("format")(evidence).parts == {"calls": 1.0, "answer": 0.0, "box": 0.0}
+
+
 def test_without_boxes_any_text_is_an_answer() -> None:
     assert score([Message("assistant", "Paris")], boxed=False) == Score(1.0, {"calls": 1.0, "answer": 1.0})
