@@ -91,7 +91,7 @@ class Measurement:
         return figures if self.greedy is None else figures | {"greedy": self.greedy.to_json()["pass@1"]}
 
     def write(self, path: Path) -> None:
-        """Keep the counts, for a run that goes on later; whole or not at all."""
+        """Keep the counts, for a run that goes on later and to compare two runs; whole or not at all."""
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
         partial.replace(path)

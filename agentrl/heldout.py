@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from agentrl.config import RunConfig
 from agentrl.engine import Sampling
@@ -40,9 +41,7 @@ class HeldOut:
         if path.is_file():
             measured = Measurement.read(path)
         else:
-            measured = await self._measure("before")
-            with writing(path):
-                measured.write(path)
+            measured = await self._measure("before", path)
         self._log_point(0, measured.sampled)
         return measured
 
@@ -56,7 +55,7 @@ class HeldOut:
 
     async def after(self) -> Measurement:
         """The trained policy's measurement, the last point of the curve."""
-        measured = await self._measure("after")
+        measured = await self._measure("after", self._log.folder.after)
         self._log_point(self._config.steps, measured.sampled)
         return measured
 
@@ -64,13 +63,16 @@ class HeldOut:
         if not self._log.has(step, phase="evaluation"):
             self._log.step(step, _point(evaluation), phase="evaluation")
 
-    async def _measure(self, name: str) -> Measurement:
+    async def _measure(self, name: str, path: Path) -> Measurement:
         settings = self._config.evaluation
         sampled = await self._evaluate(tasks=settings.tasks, name=name)
         greedy = None
         if settings.greedy:
             greedy = await self._evaluate(tasks=settings.tasks, name=f"{name}, greedy", greedy=True)
-        return Measurement(sampled, greedy)
+        measured = Measurement(sampled, greedy)
+        with writing(path):
+            measured.write(path)
+        return measured
 
     async def _evaluate(self, *, tasks: int, name: str = "", greedy: bool = False) -> Evaluation:
         settings, split = self._config.evaluation, self._config.environment.held_out

@@ -7,7 +7,8 @@
                 summary.json       written when the run ends, at once or not at all
                 curve.png          the learning curve
                 base/, warm_start/ the model that was made for the run, before and after the warm start
-                before.json        the evaluation of that model
+                before.json        the evaluation of that model, task by task
+                after.json         the same of the trained policy, to compare two runs
                 checkpoints/       see agentrl.checkpoint
                 tensorboard/       events; other trackers keep theirs where they want
 
@@ -94,6 +95,10 @@ class RunFolder:
     @property
     def before(self) -> Path:
         return self.root / "before.json"
+
+    @property
+    def after(self) -> Path:
+        return self.root / "after.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
+from agentrl.allocator import cheap_collection
 from agentrl.probes import Subject, Unsound, play
 
 __all__ = ["keeps_descriptors_flat", "keeps_memory_flat"]
@@ -79,7 +80,7 @@ def _measured(subject: Subject, measure: Callable[[], int], *, clear: int) -> li
     """``measure()`` after each stretch; ends early where each grew by more than ``clear``, or time is up."""
     values: list[int] = []
     began = time.monotonic()
-    with _cheap_collection():
+    with cheap_collection():
         for stretch in range(1, _STRETCHES + 1):
             _play_stretch(subject)
             if stretch < _WARM:
@@ -90,16 +91,6 @@ def _measured(subject: Subject, measure: Callable[[], int], *, clear: int) -> li
             if len(values) >= _FEWEST and (late or _growth(values) > clear):
                 break
     return values
-
-
-@contextmanager
-def _cheap_collection() -> Iterator[None]:
-    """What exists already is not looked at by each collection: with libraries loaded, most of its time."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _play_stretch(subject: Subject) -> None:

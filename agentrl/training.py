@@ -20,6 +20,7 @@ import torch
 
 from agentrl.ahead import Ahead
 from agentrl.alarms import Alarms
+from agentrl.allocator import cheap_collection
 from agentrl.checkpoint import Checkpoints, Saved, State
 from agentrl.config import RunConfig, dump_config
 from agentrl.configfile import load_config
@@ -110,7 +111,8 @@ class _Run:
             # The compute thread outlives the run: its setting is the caller's again afterwards.
             threads = await in_compute_thread(self._process.restore_threads)
             try:
-                return await self._run(saved)
+                with cheap_collection():
+                    return await self._run(saved)
             finally:
                 await in_compute_thread(torch.set_num_threads, threads)
 

@@ -1,8 +1,8 @@
 r"""Did the conversation follow the protocol? 1.0 where every rule holds, else 0.0; the parts say which broke.
 
 ``calls``: every tool call could be read and fits its tool's schema. ``answer``: the conversation ends with an
-assistant message that says something outside thinking, calls nothing and was not cut off. ``box``: that message has exactly
-one ``\boxed{...}``.
+assistant message that says something outside thinking, calls nothing and was not cut off. ``box``: that
+message has exactly one ``\boxed{...}``.
 """
 
 from __future__ import annotations

@@ -21,6 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: workers share the cores
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
 from agentrl.engine import Adapter, Sampling
 from agentrl.env import Env
 from agentrl.errors import ToolError
@@ -34,6 +38,14 @@ def pytest_configure() -> None:
     """Ctrl-C is heard also where the tests were started in a shell's background, which ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker has all tests of the Docker engine: they stop it, fill it and count what it has."""
+    for item in items:
+        if item.get_closest_marker("docker") is not None:
+            item.add_marker(pytest.mark.xdist_group("docker"))
 
 
 # -- what a machine may lack: a skip, and a failure where AGENTRL_REQUIRE=docker,bwrap,vllm,gpu names it --

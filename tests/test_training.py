@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import agentrl
 from agentrl.engine import Adapter
 from agentrl.errors import BadConfig, CannotWrite, WorldError
+from agentrl.evaluation import Measurement, compare
 from agentrl.learner import Learner, Optimization
 from agentrl.log import Row, RunFolder, RunLog, read_rows
 from agentrl.seeds import derive
@@ -182,7 +184,11 @@ def test_the_calculator_is_trained_end_to_end_from_nothing(tmp_path: Path) -> No
             assert {"value", "low", "high"} <= summary[moment][measure].keys()
     assert (summary["steps"], summary["tasks"], set(summary["gain"])) == (2, 6, {"pass@1", "pass@2"})
     written = {path.name for path in folder.iterdir()}
-    assert written >= {"base", "warm_start", "before.json", "config.yaml", "curve.png", "metrics.jsonl"}
+    assert written >= {"base", "warm_start", "config.yaml", "curve.png", "metrics.jsonl"}
+    before, after = (Measurement.read(folder / f"{moment}.json") for moment in ("before", "after"))
+    gain = compare(before.sampled, after.sampled, 2)
+    assert gain is not None
+    assert asdict(gain) == summary["gain"]["pass@2"]
     assert [path.name for path in sorted(folder.glob("trajectories/*"))] == [
         "step_000001.jsonl",
         "step_000002.jsonl",
