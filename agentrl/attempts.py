@@ -207,7 +207,7 @@ class _Episode:
         """From reset to the end. Raises WorldError; UserError for a task whose opening does not fit the
         context."""
         self._who = f"task {plan.index} of the split {plan.split!r}, sibling {plan.sibling}"
-        messages = await self._act_in_env(in_thread(self._reset, plan), doing="reset")
+        messages = await self._act_in_env(self._begin(plan), doing="reset")
         self._who = f"task {self._env.task.id!r}, sibling {plan.sibling}"
         prompt_ids = self._chat.open(messages)
         self._check_opening(len(prompt_ids))
@@ -228,6 +228,11 @@ class _Episode:
                 past = (prompt_ids, completion.token_ids) if extension.extends else ()
                 prompt_ids = np.concatenate([*past, extension.new_ids])
         return self._env.task, self._trajectory(plan, info)
+
+    async def _begin(self, plan: EpisodePlan) -> tuple[Message, ...]:
+        if vars(type(self._env)).get("inline_reset", False):
+            return self._reset(plan)
+        return await in_thread(self._reset, plan)
 
     def _reset(self, plan: EpisodePlan) -> tuple[Message, ...]:
         index = place_in(self._env.task_list(plan.split), plan.index, split=plan.split)

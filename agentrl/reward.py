@@ -1,8 +1,9 @@
 """The seam to verification: a conversation in, a finite score with its parts out.
 
 A reward is any callable that takes :class:`Evidence` and returns a float or a :class:`Score`. It runs in a
-worker thread, never on the event loop, and must not keep state between calls. A limit hit while judging the
-policy's output is the policy's fault (the minimum); only a failure of the world raises :class:`WorldError`.
+worker thread and not on the event loop, unless its class says ``inline = True``: done in microseconds, where
+a thread takes 0.3 ms. It must not keep state between calls. A limit hit while judging the policy's output is
+the policy's fault (the minimum); only a failure of the world raises :class:`WorldError`.
 
 Rewards make rewards. A :class:`Rubric` is the usual one, gates in front of a weighted sum::
 

@@ -182,7 +182,8 @@ class ToolEnv(Env):
     async def _finish(self, stop_reason: str, *new: Message, truncated: bool = False) -> Step:
         self._messages.extend(new)
         with self._timing("reward"), self._naming("reward"):
-            score = as_score(await in_thread(self.score), self._reward)
+            inline = vars(type(self._reward)).get("inline", False) and type(self).score is ToolEnv.score
+            score = as_score(self.score() if inline else await in_thread(self.score), self._reward)
         observation, *rest = self.transition(score=score, stop_reason=stop_reason, truncated=truncated)
         return (new, *rest)  # type: ignore[return-value]  # they were appended before the score was taken
 

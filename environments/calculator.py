@@ -56,6 +56,7 @@ class Calculator(ToolEnv):
     """Compute with a tool that does one operation on two integers."""
 
     reward = "numeric"
+    inline_reset = True
     system = r"Use the tool for each step. Put the final answer in \boxed{}."
 
     def __init__(

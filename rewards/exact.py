@@ -23,6 +23,8 @@ class Exact:
     Raises BadData where the task's truth is neither text nor a number.
     """
 
+    inline = True
+
     def __init__(self, *, key: str = "answer", boxed: bool = True, casefold: bool = False) -> None:
         self.key = key
         self.boxed = boxed

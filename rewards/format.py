@@ -17,6 +17,8 @@ __all__ = ["Format"]
 class Format:
     """The rules of the module, as 1.0 or 0.0; with ``boxed=False`` the rule ``box`` is not applied."""
 
+    inline = True
+
     def __init__(self, *, boxed: bool = True) -> None:
         self.boxed = boxed
 

@@ -16,6 +16,8 @@ __all__ = ["Length"]
 class Length:
     """The penalty, in [-1, 0], of the tokens sampled in an episode; 0 where nobody counted them."""
 
+    inline = True
+
     def __init__(self, *, max_tokens: int, buffer_tokens: int) -> None:
         if not 1 <= buffer_tokens <= max_tokens:
             raise BadConfig(

@@ -40,6 +40,8 @@ class Numeric:
     BadData where the task's truth is no number.
     """
 
+    inline = True
+
     def __init__(
         self, *, key: str = "answer", boxed: bool = True, absolute: float = 0.0, relative: float = 0.0
     ) -> None:

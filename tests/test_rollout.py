@@ -191,6 +191,48 @@ def test_the_chats_stop_tokens_end_a_turn(sums: type[Env], scripted_engine: Any,
     assert engine.requests[0][1].stop_token_ids == chats(sums()).stop_token_ids
 
 
+# -- where what is known to be quick is done --
+
+
+class Threads(Desk):
+    """Notes which thread resets it and which scores it."""
+
+    inline_reset = True
+    seen: ClassVar[list[str]] = []
+
+    def setup(self, task: Task) -> None:
+        self.seen.append(f"reset {threading.get_ident()}")
+
+
+class Scored:
+    """A reward that notes its thread in the environment."""
+
+    inline = True
+
+    def __call__(self, evidence: Any) -> float:
+        Threads.seen.append(f"score {threading.get_ident()}")
+        return 1.0
+
+
+class Derived(Threads):
+    """Says nothing of itself."""
+
+
+class SlowlyScored(Scored):
+    """Says nothing of itself."""
+
+
+def test_what_is_inline_has_no_thread_and_what_derives_from_it_has(scripted_engine: Any, chats: Chats) -> None:
+    here = str(threading.get_ident())
+    Threads.seen.clear()
+    run(lambda: Threads(reward=Scored()), scripted_engine("3"), chats)
+    assert Threads.seen == [f"reset {here}", f"score {here}"]
+    Threads.seen.clear()
+    run(lambda: Derived(reward=SlowlyScored()), scripted_engine("3"), chats)
+    assert [said.partition(" ")[0] for said in Threads.seen] == ["reset", "score"]
+    assert not any(said.endswith(here) for said in Threads.seen)
+
+
 # -- budgets --
 
 

@@ -102,7 +102,7 @@ def test_wrappers_nest_and_are_awaited() -> None:
 
     text, reward, terminated, truncated, info = asyncio.run(episode())
     assert text.startswith("user: What do you see?\nassistant: \ntool: a door\nassistant: a door")
-    assert (reward, terminated, truncated, info["stop_reason"]) == (1.0, False, True, "context")
+    assert (reward, terminated, truncated, info["stop_reason"]) == (0.0, False, True, "context")
 
 
 def test_around_gymnasiums_own_wrappers_awaiting_still_works() -> None:
