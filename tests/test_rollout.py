@@ -194,18 +194,8 @@ def test_the_chats_stop_tokens_end_a_turn(sums: type[Env], scripted_engine: Any,
 # -- where what is known to be quick is done --
 
 
-class Threads(Desk):
-    """Notes which thread resets it and which scores it."""
-
-    inline_reset = True
-    seen: ClassVar[list[str]] = []
-
-    def setup(self, task: Task) -> None:
-        self.seen.append(f"reset {threading.get_ident()}")
-
-
 class Scored:
-    """A reward that notes its thread in the environment."""
+    """A reward that notes its thread."""
 
     inline = True
 
@@ -214,21 +204,36 @@ class Scored:
         return 1.0
 
 
+class ScoredInThread(Scored):
+    """Says nothing of itself."""
+
+
+class Threads(Desk):
+    """Notes which thread resets it."""
+
+    inline_reset = True
+    seen: ClassVar[list[str]] = []
+    reward = Scored()  # type: ignore[assignment]
+
+    def setup(self, task: Task) -> None:
+        self.seen.append(f"reset {threading.get_ident()}")
+
+
 class Derived(Threads):
     """Says nothing of itself."""
 
-
-class SlowlyScored(Scored):
-    """Says nothing of itself."""
+    reward = ScoredInThread()  # type: ignore[assignment]
 
 
-def test_what_is_inline_has_no_thread_and_what_derives_from_it_has(scripted_engine: Any, chats: Chats) -> None:
+def test_what_is_inline_has_no_thread_and_what_derives_from_it_has_one(
+    scripted_engine: Any, chats: Chats
+) -> None:
     here = str(threading.get_ident())
     Threads.seen.clear()
-    run(lambda: Threads(reward=Scored()), scripted_engine("3"), chats)
+    run(Threads, scripted_engine("3"), chats)
     assert Threads.seen == [f"reset {here}", f"score {here}"]
     Threads.seen.clear()
-    run(lambda: Derived(reward=SlowlyScored()), scripted_engine("3"), chats)
+    run(Derived, scripted_engine("3"), chats)
     assert [said.partition(" ")[0] for said in Threads.seen] == ["reset", "score"]
     assert not any(said.endswith(here) for said in Threads.seen)
 
