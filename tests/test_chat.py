@@ -218,6 +218,36 @@ def test_results_of_one_turn_share_a_turn_where_the_template_groups_them(load: L
     )
 
 
+def test_what_siblings_share_is_rendered_once_and_can_not_be_changed(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = chat_of(load("tiny"))
+    render, rendered = chat.render, list[int]()
+
+    def counted(messages: Sequence[Message], *, generate: bool) -> str:
+        rendered.append(len(messages))
+        return render(messages, generate=generate)
+
+    monkeypatch.setattr(chat, "render", counted)
+    openings = [chat.open([USER]) for _ in range(3)]
+    assert len(rendered) == 1
+    said = chat.say([USER], CALLING)
+    rendered.clear()
+    added = [chat.extend(openings[0], said, messages=[USER, CALLING], new=[RESULT]).new_ids for _ in range(3)]
+    assert len(rendered) == 1
+    for array in (*openings, *added):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_an_opening_with_calls_is_rendered_each_time(load: Load) -> None:
+    chat = chat_of(load("tiny"))
+    shown = [USER, CALLING, RESULT, ANSWER, USER]  # arguments are mappings, which nothing is found by
+    assert np.array_equal(chat.open(shown), chat.open(shown))
+    other = [USER, replace(CALLING, tool_calls=(replace(CALL, arguments={"query": "3"}),)), *shown[2:]]
+    assert not np.array_equal(chat.open(shown), chat.open(other))
+
+
 def test_the_line_break_after_a_turn_comes_with_the_next_one(load: Load) -> None:
     chat = chat_of(load("gemma_like"), tools=False)
     prompt, said = chat.open([USER]), chat.say([USER], ANSWER)
