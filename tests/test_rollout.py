@@ -208,12 +208,15 @@ class ScoredInThread(Scored):
     """Says nothing of itself."""
 
 
-class Threads(Desk):
+class Threads(ToolEnv):
     """Notes which thread resets it."""
 
     inline_reset = True
     seen: ClassVar[list[str]] = []
-    reward = Scored()  # type: ignore[assignment]
+    reward = Scored()
+
+    def tasks(self, split: str) -> Sequence[Task]:
+        return [Task(id=split, prompt=(Message("user", "1 + 2?"),))]
 
     def setup(self, task: Task) -> None:
         self.seen.append(f"reset {threading.get_ident()}")
@@ -222,7 +225,7 @@ class Threads(Desk):
 class Derived(Threads):
     """Says nothing of itself."""
 
-    reward = ScoredInThread()  # type: ignore[assignment]
+    reward = ScoredInThread()
 
 
 def test_what_is_inline_has_no_thread_and_what_derives_from_it_has_one(
