@@ -451,9 +451,11 @@ def test_two_loops_at_once_are_refused(qwen3: Any) -> None:
 
 
 def adapted(folder: Path, *, seed: int = 0, **settings: Any) -> Any:
-    """A transformers model with a LoRA adapter of random values."""
+    """A transformers model with a LoRA adapter of random values, the same for the same seed."""
     chosen = {"r": 4, "target_modules": "all-linear", "modules_to_save": NORMS, **settings}
-    policy = peft.get_peft_model(plain(folder), peft.LoraConfig(task_type="CAUSAL_LM", **chosen)).eval()
+    with torch.random.fork_rng(devices=[]):  # from which PEFT draws its first values
+        torch.default_generator.manual_seed(seed)
+        policy = peft.get_peft_model(plain(folder), peft.LoraConfig(task_type="CAUSAL_LM", **chosen)).eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.parameters():
         if parameter.requires_grad:
