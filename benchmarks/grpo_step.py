@@ -3,15 +3,21 @@
     pip install -c constraints.txt -e ".[bench]"
     python benchmarks/grpo_step.py --model DIR
     python benchmarks/grpo_step.py --model DIR --vllm-python ENVIRONMENT/bin/python
+    python benchmarks/grpo_step.py --model DIR --dtype float32 --only agentrl "trl, contiguous head"
 
 Gemma 3 270M, LoRA of rank 16 on all linear layers, 4 prompts of 64 tokens x 8 completions of exactly 64 at
 temperature 1, a bfloat16 base with float32 adapters, no KL, no dropout. Each library has a process of its
-own; their steps alternate, so all see the same machine. The first step of each is warm-up. Linux only.
+own; their steps alternate, so all see the same machine. The first step of each is warm-up. Linux only. All
+run on the GPU where there is one.
+
+A CPU without instructions for bfloat16 multiplies it at a hundredth of its rate for float32: there --dtype
+float32 compares the libraries, and the aims, which are about bfloat16, are not named.
 
 agentrl samples with its embedded engine, and with vLLM, whose step ends when vLLM serves the new adapter.
 vLLM and TRL seldom fit into one environment, so each may have an interpreter of its own, with agentrl
 installed where it is vLLM's; without vLLM its row is left out. Memory is that of all processes that a library
-starts. All libraries stay loaded: --only names those that a small machine has room for together.
+starts; on a GPU what its own process reserves there, so vLLM's is missing. All libraries stay loaded: --only
+names those that a small machine has room for together.
 
 The floor is the arithmetic and the bytes that no implementation can leave out, over the rates measured here:
 the longer of the two for the rollout, likewise for the update. Prompts count once for their group. Weights
@@ -45,7 +51,6 @@ from workload import GROUP, PROMPTS, RANK, TOKENS, StepReport
 __all__ = ["Floor", "floor_of", "interpreters", "main"]
 
 _HERE = Path(__file__).parent
-_BF16_BYTES = 2
 _END_S = 30  # that a process has to end by itself
 _VLLM = "agentrl, vLLM"
 _LIBRARIES = {  # the script and its last argument
@@ -60,12 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark that the command line asks for."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    rates = matmul_rate(torch.bfloat16), read_rate()
-    floor = floor_of(AutoConfig.from_pretrained(options.model).get_text_config())
+    dtype = getattr(torch, options.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rates = matmul_rate(dtype, device=device), read_rate(device=device)
+    floor = floor_of(AutoConfig.from_pretrained(options.model).get_text_config(), bytes_each=dtype.itemsize)
     pythons = interpreters(options.only, vllm=options.vllm_python, trl=options.trl_python)
     measured = _alternate(options, pythons)
     rows = [*(_row(name, reports) for name, reports in measured.items()), floor.row(*rates)]
     notes = _notes(rows, floor, rates)
+    if options.dtype == "bfloat16":
+        notes.append("aims: 0.20 of trl's time and 0.50 of its memory; with vLLM 0.25 of its time")
     if _VLLM in options.only and _VLLM not in pythons:
         notes.append(f"no row for {_VLLM}: {options.vllm_python} has no vllm; see --vllm-python")
     report(rows, title=_title(options), notes=notes, json_path=options.json)
@@ -75,6 +84,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, metavar="PATH", help="folder of Gemma 3 270M, or a hub id")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps of each (5)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the base")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="of each process")
     for name in ("vllm", "trl"):
         about = f"Python that has {name} (this one)"
@@ -118,8 +128,9 @@ class Floor:
         }
 
 
-def floor_of(config: Any) -> Floor:
-    """The floor for a dense model of this configuration, from its matrices alone."""
+def floor_of(config: Any, *, bytes_each: int) -> Floor:
+    """The floor for a dense model of this configuration, from its matrices alone, of so many bytes a
+    weight."""
     width, layers = config.hidden_size, config.num_hidden_layers
     queries, keys = (
         heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
@@ -134,7 +145,7 @@ def floor_of(config: Any) -> Floor:
     # have no gradient of their own, twice more for the adapter's.
     forward = 2 * (linear + adapter)
     backward = 2 * linear + 4 * adapter
-    weights = (linear + head) * _BF16_BYTES
+    weights = (linear + head) * bytes_each
     return Floor(
         rollout_flops=(prompt + sampled) * forward + sampled * 2 * head,
         update_flops=(prompt + sampled) * (forward + backward) + sampled * 4 * head,
@@ -147,11 +158,11 @@ def floor_of(config: Any) -> Floor:
 class _Child:
     """A library in a process of its own that runs a step when told to."""
 
-    def __init__(self, library: str, python: str, *, model: str, threads: int) -> None:
+    def __init__(self, library: str, python: str, *, model: str, dtype: str, threads: int) -> None:
         self._name = library
         script, variant = _LIBRARIES[library]
         self._process = subprocess.Popen(
-            [python, str(_HERE / script), model, str(threads), variant],
+            [python, str(_HERE / script), model, str(threads), dtype, variant],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -194,7 +205,7 @@ def _alternate(options: argparse.Namespace, pythons: Mapping[str, str]) -> dict[
     with ExitStack() as stack:
         children = {
             library: stack.enter_context(
-                _Child(library, python, model=options.model, threads=options.threads)
+                _Child(library, python, model=options.model, dtype=options.dtype, threads=options.threads)
             )
             for library, python in pythons.items()
         }
@@ -224,8 +235,12 @@ def _row(name: str, reports: Sequence[StepReport]) -> Row:
 def _title(options: Any) -> str:
     return (
         f"One GRPO step: {PROMPTS} prompts x {GROUP} completions, {TOKENS} + {TOKENS} tokens, "
-        f"LoRA r {RANK}, {options.threads} threads"
+        f"LoRA r {RANK}, {options.dtype}, {_device()}, {options.threads} threads"
     )
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _notes(rows: Sequence[Row], floor: Floor, rates: tuple[float, float]) -> list[str]:
@@ -241,7 +256,6 @@ def _notes(rows: Sequence[Row], floor: Floor, rates: tuple[float, float]) -> lis
     floors = [f"{_ratio(row, least, 'seconds_per_step')} times into {row['name']}'s" for row in ours]
     return [
         *compared,
-        "aims: 0.20 of trl's time and 0.50 of its memory; with vLLM 0.25 of its time",
         *([f"the floor's time goes {', '.join(floors)}"] if floors else []),
         f"floor, rollout + update: {floor.rollout_flops / 1e12:.2f} + {floor.update_flops / 1e12:.2f} TFLOP "
         f"at {rates[0] / 1e9:.0f} GFLOP/s,",

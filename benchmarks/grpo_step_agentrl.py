@@ -1,18 +1,18 @@
 """agentrl's side of grpo_step.py: the learner, and the embedded engine over the same base or vLLM beside it.
 
-Started by it, with the engine's kind as the last argument.
+Started by it, with the model's folder, the number of threads, the base's dtype and the engine's kind.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from machine import now
 from workload import (
     GROUP,
     LEARNING_RATE,
@@ -37,7 +37,7 @@ from agentrl.config import (
 )
 from agentrl.engine import Engine, Sampling
 from agentrl.learner import Learner
-from agentrl.models import load_model, load_tokenizer
+from agentrl.models import default_device, load_model, load_tokenizer
 from agentrl.samples import to_samples
 from agentrl.serving import Served, open_engine
 from agentrl.threads import in_compute_thread, run_sync
@@ -46,8 +46,9 @@ from agentrl.types import Completion, IntArray, Sample, Trajectory, Turn
 __all__ = ["main"]
 
 # Two groups at a time (64 + 8 x 64 tokens each): the update took 10 % longer than with all four on two cores,
-# with half the activations.
-_BATCH = BatchConfig(tokens_per_microbatch=2 * (TOKENS + GROUP * TOKENS))
+# with half the activations. A GPU has room for all.
+_GROUPS = PROMPTS if torch.cuda.is_available() else 2
+_BATCH = BatchConfig(tokens_per_microbatch=_GROUPS * (TOKENS + GROUP * TOKENS))
 _VLLM_ARGS = {
     "enforce_eager": not torch.cuda.is_available(),  # compiling takes a CPU minutes that few steps don't earn
     "kv_cache_memory_bytes": 512 << 20,  # 32 sequences of 128 tokens need 72 MiB; vLLM would take gigabytes
@@ -56,28 +57,28 @@ _VLLM_ARGS = {
 
 def main() -> None:
     """Serve steps until stdin ends."""
-    path, threads, kind = sys.argv[1:]
-    run_sync(_serve(path, kind, threads=int(threads)))
+    path, threads, dtype, kind = sys.argv[1:]
+    run_sync(_serve(path, kind, dtype=dtype, threads=int(threads)))
 
 
-async def _serve(path: str, kind: str, *, threads: int) -> None:
+async def _serve(path: str, kind: str, *, dtype: str, threads: int) -> None:
     await in_compute_thread(torch.set_num_threads, threads)
     commands = Commands()
-    model = await in_compute_thread(load_model, path, dtype="bfloat16")
+    model = await in_compute_thread(load_model, path, dtype=dtype, device=default_device())
     tokenizer = load_tokenizer(path)
     asked = [np.array(tokenizer.encode(text), np.int32) for text in prompts(tokenizer)]
-    engine = await _engine(kind, _served(path, model, tokenizer))
+    engine = await _engine(kind, _served(path, model, tokenizer, dtype=dtype))
     learner = await in_compute_thread(_learner, model, kind)
     for step in commands:
-        began = time.perf_counter()
+        began = now()
         completions = await _sample(engine, asked, step=step)
-        rolled_out = time.perf_counter()
+        rolled_out = now()
         samples = _samples(asked, completions, step=step)
         metrics = await in_compute_thread(learner.update, samples, step=step, temperature=1.0, seed=step)
         assert metrics["optimizer/grad_norm"] > 0, "nothing was learnt, so nothing was measured"
-        updated = time.perf_counter()
+        updated = now()
         await engine.load(await in_compute_thread(learner.publish), step + 1)
-        ended = time.perf_counter()
+        ended = now()
         commands.answer(
             StepReport(
                 seconds=ended - began,
@@ -89,12 +90,12 @@ async def _serve(path: str, kind: str, *, threads: int) -> None:
     await engine.close()
 
 
-def _served(path: str, model: Any, tokenizer: Any) -> Served:
+def _served(path: str, model: Any, tokenizer: Any, *, dtype: str) -> Served:
     return Served(
         base=path,
         model=model,
         tokenizer=tokenizer,
-        dtype="bfloat16",
+        dtype=dtype,
         limits=RolloutConfig(max_turn_tokens=TOKENS, max_episode_tokens=2 * TOKENS),
         max_lora_rank=RANK,
         training=True,

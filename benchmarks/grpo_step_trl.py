@@ -1,6 +1,7 @@
-"""TRL's side of grpo_step.py: GRPOTrainer at the fastest settings found for two cores. Started by it.
+"""TRL's side of grpo_step.py: GRPOTrainer at the fastest settings found for two cores.
 
-With ``contiguous-head`` as the last argument it also gets a remedy that is no setting. transformers cuts
+Started by it, with the model's folder, the number of threads, the base's dtype and, as the last argument,
+nothing or ``contiguous-head``, with which it also gets a remedy that is no setting. transformers cuts
 the last position out of the prompts' hidden states, a view with gaps; on a CPU torch then multiplies by a
 batched product, for which it first copies the head's weights once for every sequence: 32 times 320 MiB.
 """
@@ -9,11 +10,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from typing import Any
 
 import torch
 from datasets import Dataset
+from machine import now
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -35,12 +36,12 @@ __all__ = ["main"]
 
 def main() -> None:
     """Serve steps until stdin ends."""
-    path, threads = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(threads)
+    path, threads, dtype, variant = sys.argv[1:]
+    torch.set_num_threads(int(threads))
     commands = Commands()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    if "contiguous-head" in sys.argv:
+    if variant == "contiguous-head":
         model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     clock = _Clock(commands)
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +49,7 @@ def main() -> None:
             clock,
             model=model,
             processing_class=tokenizer,
-            args=_settings(folder),
+            args=_settings(folder, bf16=dtype == "bfloat16"),
             reward_funcs=clock.rewards,
             train_dataset=Dataset.from_dict({"prompt": prompts(tokenizer)}),
             peft_config=LoraConfig(
@@ -63,11 +64,11 @@ def main() -> None:
         trainer.train()
 
 
-def _settings(folder: str) -> GRPOConfig:
+def _settings(folder: str, *, bf16: bool) -> GRPOConfig:
     return GRPOConfig(
         output_dir=folder,
-        use_cpu=True,
-        bf16=True,  # autocast: the frozen base stays in bfloat16, PEFT keeps the adapter in float32
+        use_cpu=not torch.cuda.is_available(),
+        bf16=bf16,  # autocast: the frozen base stays in bfloat16, PEFT keeps the adapter in float32
         gradient_checkpointing=False,  # the default, True, computes every forward pass of the update twice
         beta=0.0,  # no reference model and no pass for it
         num_generations=GROUP,
@@ -116,11 +117,11 @@ class _Clock(TrainerCallback):
         step = next(self._asked, None)
         if step is None:
             sys.exit()
-        self._step, self._began = step, time.perf_counter()
+        self._step, self._began = step, now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Answer the parent; the optimizer has stepped."""
-        seconds = time.perf_counter() - self._began
+        seconds = now() - self._began
         self._commands.answer(
             StepReport(seconds=seconds, rollout_s=self.rollout_s, swap_s=0.0, peak_mib=peak_mib())
         )
@@ -134,9 +135,9 @@ class _TimedTrainer(GRPOTrainer):  # type: ignore[misc]
         self._clock = clock
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
-        began = time.perf_counter()
+        began = now()
         batch = super()._generate_and_score_completions(inputs)
-        self._clock.rollout_s = time.perf_counter() - began
+        self._clock.rollout_s = now() - began
         shape = (PROMPTS * GROUP, TOKENS)
         assert batch["prompt_ids"].shape == batch["completion_ids"].shape == shape
         assert bool(batch["completion_mask"].all())

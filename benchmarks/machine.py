@@ -10,28 +10,36 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["matmul_rate", "read_rate"]
+__all__ = ["matmul_rate", "now", "read_rate"]
 
 _REPEATS = 8
 
 
-def matmul_rate(dtype: torch.dtype, *, size: int = 2048) -> float:
-    """FLOP/s of a product of two square matrices."""
-    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+def matmul_rate(dtype: torch.dtype, *, device: str = "cpu") -> float:
+    """FLOP/s of a product of two square matrices that keeps the device busy."""
+    size = 2048 if device == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _best_seconds(lambda: torch.mm(left, right))
 
 
-def read_rate(*, mib: int = 512) -> float:
+def read_rate(*, device: str = "cpu") -> float:
     """Bytes/s of a sum over a block of memory far larger than the caches."""
-    block = torch.ones(mib << 18)
+    block = torch.ones((512 if device == "cpu" else 8192) << 18, device=device)
     return block.nbytes / _best_seconds(block.sum)
+
+
+def now() -> float:
+    """Seconds on the clock, once the GPU, where there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _best_seconds(work: Callable[[], object]) -> float:
     work()
     seconds = []
     for _ in range(_REPEATS):
-        began = time.perf_counter()
+        began = now()
         work()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now() - began)
     return min(seconds)

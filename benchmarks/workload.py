@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = [
     "GROUP",
     "LEARNING_RATE",
@@ -46,7 +48,7 @@ class StepReport:
     seconds: float  # wall clock of the whole step
     rollout_s: float  # of which sampling
     swap_s: float  # of which handing the new weights to the engine; 0 where it samples with the learner's
-    peak_mib: float  # most resident memory so far, of the process and of those that it started
+    peak_mib: float  # most memory so far: see peak_mib
 
 
 class Commands:
@@ -92,11 +94,14 @@ def spread_rewards(step: int) -> list[float]:
 
 
 def peak_mib() -> float:
-    """Most resident memory so far of this process and of those that it started, added up.
+    """Most memory so far: of the GPU, what this process has reserved; without one, what was resident of this
+    process and of those that it started, added up.
 
     Each has its peak at a time of its own, so together they never had more. From /proc, because ru_maxrss
     begins at the size of the process that started this one. Linux only.
     """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**20
     return sum(_peaks_kib(Path("/proc/self"))) / 1024
 
 

@@ -180,7 +180,7 @@ def test_the_floor_counts_the_matrices_of_the_model(load: Any) -> None:
         intermediate_size=2048,
         vocab_size=262_144,
     )
-    floor = load("grpo_step").floor_of(config)
+    floor = load("grpo_step").floor_of(config, bytes_each=2)
     assert floor.weights_bytes == pytest.approx(268.1e6 * 2, rel=1e-3)  # Gemma 3 270M, in bfloat16
     assert floor.rollout_bytes == 64 * floor.weights_bytes
     assert floor.rollout_flops + floor.update_flops == pytest.approx(3.5e12, rel=0.05)
@@ -236,7 +236,7 @@ def test_agentrls_side_of_the_step_answers_what_it_is_told_to_run(engine: str, t
     shape = TinyShape(hidden_size=64, intermediate_size=64, layers=2, heads=2, kv_heads=1, vocab_size=320)
     make_tiny_model(tmp_path, texts=["Write on: time."], seed=0, shape=shape)
     done = subprocess.run(
-        [sys.executable, str(_BENCHMARKS / "grpo_step_agentrl.py"), str(tmp_path), "1", engine],
+        [sys.executable, str(_BENCHMARKS / "grpo_step_agentrl.py"), str(tmp_path), "1", "bfloat16", engine],
         input="step\nstep\n",
         capture_output=True,
         text=True,
