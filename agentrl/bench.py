@@ -23,7 +23,7 @@ from rich.table import Table
 
 from agentrl.config import RunConfig, dump_config
 from agentrl.log import Display, RunFolder, RunLog
-from agentrl.models import load_tokenizer
+from agentrl.models import default_device, load_tokenizer
 from agentrl.preflight import check_run
 from agentrl.prepare import prepare_base
 from agentrl.registry import make
@@ -74,7 +74,7 @@ def bench(
     display: Display,
 ) -> BenchReport:
     """Measure ``steps`` training steps of ``config``; blocks. Raises UserError as a run would."""
-    check_run(config)
+    check_run(config, device=default_device())
     with tempfile.TemporaryDirectory(prefix="agentrl-bench-") as folder:
         return run_sync(_measure(config, Path(folder), steps=steps, profile=profile, display=display))
 
@@ -161,6 +161,8 @@ def _tokens(row: Mapping[str, float]) -> Table:
         count = row[f"rollout/{name}_tokens"]
         rate = f"{count / row[seconds]:,.0f}" if seconds and row[seconds] else ""
         table.add_row(name, f"{count:,.0f}", rate)
+    packed = row["update/tokens"]
+    table.add_row("update, packed", f"{packed:,.0f}", f"{packed / row['time/update_s']:,.0f}")
     table.add_row("rollout, sampled", "", f"{row['time/rollout_tokens_per_s']:,.0f}")
     return table
 

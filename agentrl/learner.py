@@ -41,7 +41,14 @@ from agentrl.types import FloatArray, Sample
 
 __all__ = ["Learner", "Optimization", "adapt", "learning_rate_factor"]
 
-_FIGURES = ("time/score_s", "time/forward_s", "time/backward_s", "time/optimizer_s")
+_FIGURES = (
+    "time/score_s",
+    "time/forward_s",
+    "time/backward_s",
+    "time/optimizer_s",
+    "update/tokens",
+    "update/trained_tokens",
+)
 
 Metrics = dict[str, float]
 Loss = Callable[[Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]  # batch, logprobs (M,) -> loss, sums
@@ -156,6 +163,8 @@ class Optimization:
         sums: dict[str, Tensor] = {}
         self._forward.train()
         for batch in self.batches(samples):
+            self.stopwatch.count("update/tokens", len(batch.token_ids))
+            self.stopwatch.count("update/trained_tokens", batch.trained_tokens)
             with self.stopwatch.timing("time/forward_s"):
                 logprobs, entropies = self._forward(batch, temperature=temperature)
                 value, metrics = loss(batch, logprobs)
@@ -260,7 +269,7 @@ class Learner:
         return _mean_over_tokens(rows, sum(_trained_tokens(kept) for kept, _ in parts))
 
     def take_figures(self) -> Metrics:
-        """Seconds by stage since the last call, under their metrics' names."""
+        """Seconds by stage, and tokens, since the last call, under their metrics' names."""
         return dict.fromkeys(_FIGURES, 0.0) | self.optimization.stopwatch.take()
 
     def _with_gradient(self, samples: Sequence[Sample]) -> list[Sample]:

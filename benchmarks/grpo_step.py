@@ -43,6 +43,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from arithmetic import matrices_of
 from machine import matmul_rate, read_rate
 from report import Row, make_parser, report
 from transformers import AutoConfig
@@ -131,24 +132,12 @@ class Floor:
 def floor_of(config: Any, *, bytes_each: int) -> Floor:
     """The floor for a dense model of this configuration, from its matrices alone, of so many bytes a
     weight."""
-    width, layers = config.hidden_size, config.num_hidden_layers
-    queries, keys = (
-        heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    shapes = [(width, queries), (width, keys), (width, keys), (queries, width)]
-    shapes += [(width, config.intermediate_size)] * 2 + [(config.intermediate_size, width)]
-    linear = layers * sum(rows * columns for rows, columns in shapes)
-    adapter = layers * RANK * sum(rows + columns for rows, columns in shapes)
-    head = config.vocab_size * width
+    matrices = matrices_of(config, rank=RANK)
     prompt, sampled = PROMPTS * TOKENS, PROMPTS * GROUP * TOKENS
-    # A multiplication and an addition for each weight. Backward: once more for the frozen matrices, which
-    # have no gradient of their own, twice more for the adapter's.
-    forward = 2 * (linear + adapter)
-    backward = 2 * linear + 4 * adapter
-    weights = (linear + head) * bytes_each
+    weights = (matrices.linear + matrices.head) * bytes_each
     return Floor(
-        rollout_flops=(prompt + sampled) * forward + sampled * 2 * head,
-        update_flops=(prompt + sampled) * (forward + backward) + sampled * 4 * head,
+        rollout_flops=matrices.sampling(prompt + sampled, sampled),
+        update_flops=matrices.update(prompt + sampled, sampled),
         rollout_bytes=TOKENS * weights,
         update_bytes=2 * weights,
         weights_bytes=weights,

@@ -36,7 +36,16 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    "script", ["async_rollouts", "env_overhead", "grpo_step", "sandbox_throughput", "startup", "verify"]
+    "script",
+    [
+        "async_rollouts",
+        "env_overhead",
+        "grpo_step",
+        "sandbox_throughput",
+        "startup",
+        "training_step",
+        "verify",
+    ],
 )
 def test_a_benchmark_says_how_it_is_run(script: str, load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

@@ -513,6 +513,13 @@ def test_figures_say_where_the_update_s_seconds_went(make_learner: MakeLearner) 
     learner = make_learner(algorithm={"minibatches": 2})
     update(learner, samples())
     figures = learner.take_figures()
-    assert sorted(figures) == ["time/backward_s", "time/forward_s", "time/optimizer_s", "time/score_s"]
+    assert sorted(figures) == [
+        "time/backward_s",
+        "time/forward_s",
+        "time/optimizer_s",
+        "time/score_s",
+        "update/tokens",
+        "update/trained_tokens",
+    ]
     assert min(figures.values()) > 0
     assert not any(learner.take_figures().values())
