@@ -8,8 +8,8 @@ Meant for a GPU, where the configuration's own batch is small: --tasks takes sev
 each measured in turn. A base that a run has warm-started (runs/NAME/base) spares a warm start for each:
 without spread in the rewards there is no update to measure.
 
-Utilisation is the arithmetic of the model's matrices (see arithmetic.py) over the seconds of the stage and
-the rate of a large matrix product in the base's dtype, which is measured in the same run.
+Model FLOP utilisation (mfu) is the arithmetic of the matrices (arithmetic.py) over the seconds of the stage
+and the rate of a large matrix product in the base's dtype, which is measured in the same run.
 """
 
 from __future__ import annotations
@@ -40,17 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     first = next(iter(configs.values()))
     if first.model.path is None:
         raise SystemExit(f"{options.config} has no model.path; name the model whose steps are to be measured")
-    matrices = matrices_of(AutoConfig.from_pretrained(first.model.path).get_text_config(), rank=first.lora.r)
+    shape = AutoConfig.from_pretrained(first.model.path).get_text_config()
+    matrices = matrices_of(shape, rank=first.lora.r)
+    dtype = shape.dtype if first.model.dtype == "auto" else getattr(torch, first.model.dtype)
     device = default_device()
-    flops = matmul_rate(getattr(torch, first.model.dtype), device=device)
+    flops = matmul_rate(dtype, device=device)
     rows = [
         row_of(name, _measure(config, steps=1 if options.quick else options.steps), matrices, flops)
         for name, config in configs.items()
     ]
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     notes = [
-        f"{where}, {first.model.dtype}: a matrix product makes {flops / 1e12:.3g} TFLOP/s, reading memory "
-        f"{read_rate(device=device) / 1e9:,.0f} GB/s",
+        f"{where}, {str(dtype).removeprefix('torch.')}: a matrix product makes {flops / 1e12:.3g} TFLOP/s, "
+        f"reading memory {read_rate(device=device) / 1e9:,.0f} GB/s",
         f"{first.rollout.group_size} episodes a task; tokens/s of the rollout count what was sampled, of the "
         "update what was packed",
     ]
@@ -94,13 +96,13 @@ def row_of(name: str, measured: BenchReport, matrices: Matrices, flops_per_s: fl
     update = matrices.update(int(row["update/tokens"]), int(row["update/trained_tokens"]))
     return {
         "name": name,
-        "seconds_per_step": row["time/step_s"],
+        "step_s": row["time/step_s"],
         "rollout_s": row["time/rollout_s"],
         "update_s": row["time/update_s"],
-        "rollout_tokens_per_s": row["time/rollout_tokens_per_s"],
-        "update_tokens_per_s": row["update/tokens"] / row["time/update_s"],
-        "rollout_utilisation": rollout / row["time/rollout_s"] / flops_per_s,
-        "update_utilisation": update / row["time/update_s"] / flops_per_s,
+        "rollout_tok_s": row["time/rollout_tokens_per_s"],
+        "update_tok_s": row["update/tokens"] / row["time/update_s"],
+        "rollout_mfu": rollout / row["time/rollout_s"] / flops_per_s,
+        "update_mfu": update / row["time/update_s"] / flops_per_s,
         "peak_mib": measured.memory_mib["peak"],
     }
 
