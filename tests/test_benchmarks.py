@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from agentrl.attempts import EpisodePlan
+from agentrl.bench import BenchReport
 from agentrl.chats import Chats
 from agentrl.engine import Sampling
 from agentrl.sandboxing.doctor import survey_all
@@ -256,3 +257,30 @@ def test_agentrls_side_of_the_step_answers_what_it_is_told_to_run(engine: str, t
     assert len(reports) == 2, done.stderr
     assert all(report["seconds"] > report["rollout_s"] + report["swap_s"] for report in reports)
     assert all(report["rollout_s"] > 0 < report["swap_s"] and report["peak_mib"] > 0 for report in reports)
+
+
+def test_arithmetic_counts_every_weight_of_every_token_once_forward(load: Any) -> None:
+    matrices = load("arithmetic").Matrices(linear=100, adapter=10, head=1000)
+    assert matrices.sampling(3, 2) == 2 * (3 * 110 + 2 * 1000)
+    # Backward: what reaches the inputs of all matrices, and the adapter's own gradient.
+    assert matrices.update(3, 2) == matrices.sampling(3, 2) + 2 * (3 * 120 + 2 * 1000)
+
+
+def test_a_training_step_s_row_is_of_what_the_step_computed(load: Any) -> None:
+    matrices = load("arithmetic").Matrices(linear=100, adapter=10, head=1000)
+    row = {
+        "time/step_s": 9.0,
+        "time/rollout_s": 4.0,
+        "time/update_s": 5.0,
+        "time/rollout_tokens_per_s": 2.0,  # 8 sampled in all, each turn's first out of its prompt's logits
+        "rollout/prefill_tokens": 30.0,
+        "rollout/decode_tokens": 6.0,
+        "update/tokens": 20.0,
+        "update/trained_tokens": 8.0,
+    }
+    measured = BenchReport(steps=1, threads=1, row=row, memory_mib={"peak": 7.0})
+    found = load("training_step").row_of("4 tasks", measured, matrices, 1000.0)
+    assert found["update_tok_s"] == 4.0
+    assert found["rollout_mfu"] == pytest.approx(matrices.sampling(36, 8) / 4 / 1000)
+    assert found["update_mfu"] == pytest.approx(matrices.update(20, 8) / 5 / 1000)
+    assert found["peak_mib"] == 7.0
