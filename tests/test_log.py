@@ -254,7 +254,8 @@ def test_a_pipe_sees_notes_once_and_no_bars() -> None:
     assert seen.getvalue() == "evaluated [a, b]\n" + "x" * 200 + "\n"
 
 
-def test_a_terminal_sees_the_bars_with_their_notes() -> None:
+def test_a_terminal_sees_the_bars_with_their_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one sees no bars
     seen = io.StringIO()
     console = Console(file=seen, force_terminal=True, width=120)
     with Display(console) as display, display.bar("steps", total=2) as bar:
