@@ -68,10 +68,11 @@ class Checkpoints:
 
         def write(folder: Path) -> None:
             write_adapter(folder, adapter)
-            # In memory first: torch's writer reports a full disk as a RuntimeError.
+            # In memory first: torch's writer reports a full disk as a RuntimeError. No view of that memory:
+            # where writing it failed, Python 3.12.1 crashed when it collected both.
             moments = io.BytesIO()
             torch.save(dict(optimizer), moments)
-            (folder / "optimizer.pt").write_bytes(moments.getbuffer())
+            (folder / "optimizer.pt").write_bytes(moments.getvalue())
             (folder / "state.json").write_text(json.dumps(asdict(state), indent=2))
             files = {file.name: _measure(file) for file in sorted(folder.iterdir())}
             (folder / _MANIFEST).write_text(json.dumps({"format": _FORMAT, "files": files}, indent=2))
