@@ -110,7 +110,7 @@ async def _step(trainer: Trainer, step: int) -> dict[str, float]:
 
 async def _trace(trainer: Trainer, step: int, path: Path) -> None:
     """Write a torch trace of one step; it sees the compute thread."""
-    profiler = torch.profiler.profile()
+    profiler = torch.profiler.profile(acc_events=True)  # without it torch 2.11 warns that cycles are cleared
     await in_compute_thread(profiler.start)
     try:
         await _step(trainer, step)

@@ -112,13 +112,13 @@ def test_a_failure_ahead_is_raised_when_the_next_step_is_asked_for() -> None:
 
 def test_what_is_in_flight_has_ended_when_the_context_has() -> None:
     async def test() -> None:
-        work = Work()
+        work, before = Work(), asyncio.all_tasks()
         async with Ahead(work, range(5), most=2) as ahead:
             work.gate(0).set_result(None)
             await ahead.next()
             await settle()
         assert (work.begun, work.ended) == ([0, 1, 2], [0, 1, 2])
-        assert len(asyncio.all_tasks()) == 2  # this one, and who waits for it
+        assert asyncio.all_tasks() == before
 
     run(test())
 
