@@ -19,8 +19,7 @@ _package = Path(__file__).parent
 if not (_package / "environments").is_dir():  # a checkout: the catalogues lie beside the package
     __path__.append(str(_package.parent))
 
-from agentrl.checks import check  # noqa: E402  (the catalogues must be importable first)
-from agentrl.env import Env  # noqa: E402
+from agentrl.env import Env  # noqa: E402  (the catalogues must be importable first)
 from agentrl.errors import AgentRLError, ToolError, UserError, WorldError  # noqa: E402
 from agentrl.registry import list_environments, list_rewards, make, make_reward, register  # noqa: E402
 from agentrl.reward import Evidence, Gate, Reward, Rubric, WeightedSum  # noqa: E402
@@ -29,6 +28,7 @@ from agentrl.tools import tool  # noqa: E402
 from agentrl.types import Message, Score, Task, ToolCall  # noqa: E402
 
 if TYPE_CHECKING:
+    from agentrl.checks import check
     from agentrl.evaluation import evaluate
     from agentrl.training import train
 
@@ -59,7 +59,8 @@ __all__ = [
     "train",
 ]
 
-_LAZY = {"evaluate": "agentrl.evaluation", "train": "agentrl.training"}  # these load torch
+# The last two load torch, the first every attack of the catalogue.
+_LAZY = {"check": "agentrl.checks", "evaluate": "agentrl.evaluation", "train": "agentrl.training"}
 
 
 def __getattr__(name: str) -> Any:
