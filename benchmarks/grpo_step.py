@@ -44,7 +44,7 @@ from typing import Any, Self
 
 import torch
 from arithmetic import matrices_of
-from machine import matmul_rate, read_rate
+from machine import device_name, matmul_rate, read_rate
 from report import Row, make_parser, report
 from transformers import AutoConfig
 from workload import GROUP, PROMPTS, RANK, TOKENS, StepReport
@@ -224,12 +224,8 @@ def _row(name: str, reports: Sequence[StepReport]) -> Row:
 def _title(options: Any) -> str:
     return (
         f"One GRPO step: {PROMPTS} prompts x {GROUP} completions, {TOKENS} + {TOKENS} tokens, "
-        f"LoRA r {RANK}, {options.dtype}, {_device()}, {options.threads} threads"
+        f"LoRA r {RANK}, {options.dtype}, {device_name()}, {options.threads} threads"
     )
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def _notes(rows: Sequence[Row], floor: Floor, rates: tuple[float, float]) -> list[str]:

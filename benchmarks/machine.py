@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["matmul_rate", "now", "read_rate"]
+__all__ = ["device_name", "matmul_rate", "now", "read_rate"]
 
 _REPEATS = 8
 
@@ -26,6 +26,11 @@ def read_rate(*, device: str = "cpu") -> float:
     """Bytes/s of a sum over a block of memory far larger than the caches."""
     block = torch.ones((512 if device == "cpu" else 8192) << 18, device=device)
     return block.nbytes / _best_seconds(block.sum)
+
+
+def device_name() -> str:
+    """The GPU's name where there is one, else CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def now() -> float:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from arithmetic import Matrices, matrices_of
-from machine import matmul_rate, read_rate
+from machine import device_name, matmul_rate, read_rate
 from report import Row, make_parser, report
 from transformers import AutoConfig
 
@@ -49,10 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row_of(name, _measure(config, steps=1 if options.quick else options.steps), matrices, flops)
         for name, config in configs.items()
     ]
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     notes = [
-        f"{where}, {str(dtype).removeprefix('torch.')}: a matrix product makes {flops / 1e12:.3g} TFLOP/s, "
-        f"reading memory {read_rate(device=device) / 1e9:,.0f} GB/s",
+        f"{device_name()}, {str(dtype).removeprefix('torch.')}: a matrix product makes "
+        f"{flops / 1e12:.3g} TFLOP/s, reading memory {read_rate(device=device) / 1e9:,.0f} GB/s",
         f"{first.rollout.group_size} episodes a task; tokens/s of the rollout count what was sampled, of the "
         "update what was packed",
     ]
