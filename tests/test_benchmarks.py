@@ -117,6 +117,16 @@ def test_startup_writes_a_row_for_each_start(load: Any, tmp_path: Path) -> None:
     assert all(set(row) == {"name", "seconds", "aim"} and row["seconds"] > 0 for row in rows)
 
 
+def test_startup_without_its_peer_says_so(
+    load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(load("report"), "find_spec", lambda name: None)
+    load("startup").main(["--quick"])
+    printed = capsys.readouterr().out
+    assert "TRL is not installed here: pip install -e '.[bench]'" in printed
+    assert "GRPOTrainer" not in printed
+
+
 @pytest.mark.slow
 def test_sandbox_throughput_writes_a_row_for_each_way_to_execute(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
