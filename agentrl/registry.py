@@ -13,20 +13,15 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import json
-import re
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import gymnasium
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from agentrl.errors import UnknownName, UserError, did_you_mean
 
@@ -302,44 +297,18 @@ def _call(target: Callable[..., Any], kwargs: Mapping[str, Any], *, what: str) -
     missing = [name for name in required if name not in kwargs]
     if missing:
         raise UserError(f"{what} needs {', '.join(missing)}; it takes {', '.join(allowed)}")
-    for name in kwargs.keys() & _hints(target).keys():
-        _check_type(kwargs[name], *_hints(target)[name], what=f"{what} has {name}={kwargs[name]!r}")
+    if kwargs:
+        from agentrl.schemas import check_types  # which loads pydantic
+
+        check_types(_constructors(target), kwargs, what=what)
     return target(**kwargs)
 
 
-def _check_type(value: Any, hint: str, adapter: TypeAdapter[Any], *, what: str) -> None:
-    """Raises UserError for plain data, as YAML gives it, that the type hint of its parameter rules out."""
-    try:
-        # Through JSON, where a list is also a tuple, but a string still is no integer.
-        adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError:
-        raise UserError(f"{what}; it must be of type {hint}") from None
-    except (TypeError, ValueError):  # objects, which only Python hands in: its type checkers know more
-        return
-
-
-@functools.lru_cache(maxsize=256)
-def _hints(target: Callable[..., Any]) -> Mapping[str, tuple[str, TypeAdapter[Any]]]:
-    """Each keyword argument's type hint as text and what checks it, where plain data can fit it."""
-    found: dict[str, tuple[str, TypeAdapter[Any]]] = {}
-    for function in _constructors(target):
-        try:
-            hints = typing.get_type_hints(function, include_extras=True)
-        except NameError:  # imported for type checkers alone
-            continue
-        for name, hint in hints.items():
-            with suppress(PydanticSchemaGenerationError, PydanticUserError):  # a protocol, say
-                # Resolved, so that a literal shows what it allows; without the modules' names.
-                text = re.sub(r"\b(?:[a-z_]\w*\.)+", "", inspect.formatannotation(hint))
-                found.setdefault(name, (text, TypeAdapter(hint)))
-    return found
-
-
-def _constructors(target: Callable[..., Any]) -> list[Callable[..., Any]]:
+def _constructors(target: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """The functions whose parameters a call of ``target`` may name: of a class its own and its bases'."""
     if not inspect.isclass(target):
-        return [target]
-    return [vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls)]
+        return (target,)
+    return tuple(vars(cls)["__init__"] for cls in target.__mro__ if "__init__" in vars(cls))
 
 
 @functools.lru_cache(maxsize=256)

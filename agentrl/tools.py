@@ -19,26 +19,20 @@ import inspect
 import json
 import re
 import sys
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, NotRequired, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
-from typing_extensions import TypedDict
-
-from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, WorldError, did_you_mean
+from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, WorldError
 from agentrl.threads import in_thread
 from agentrl.types import ToolCall
+
+if TYPE_CHECKING:
+    from agentrl.schemas import Arguments
 
 __all__ = ["Tool", "as_text", "as_tool", "is_tool", "tool"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-# Types are made at run time here, which a type checker only knows written out.
-_annotated: Any = Annotated
-_typed_dict: Any = TypedDict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +45,7 @@ class Tool:
     function: Callable[..., Any]  # sync or async; takes the arguments by keyword
     deadline_s: float | None = None  # of one call; None: the environment's
     remote: bool = False  # True: OSError, httpx's TransportError and time-outs are the world's fault
-    adapter: TypeAdapter[dict[str, Any]] = field(repr=False, compare=False)  # validates arguments
+    arguments: Arguments = field(repr=False, compare=False)  # validates those of a call
 
     def schema(self) -> dict[str, Any]:
         """What a chat template takes: {"type": "function", "function": {name, description, parameters}}."""
@@ -69,13 +63,7 @@ class Tool:
         """
         if call.arguments is None:
             raise BadArguments(call.note or f"the arguments of {self.name} are no JSON object")
-        try:
-            # Through JSON, where an enum is its value and a tuple a list, but a string still is no integer.
-            return self.adapter.validate_json(json.dumps(dict(call.arguments)), strict=True)
-        except ValidationError as error:
-            raise BadArguments(_explain(error, self.name, tuple(self.parameters["properties"]))) from None
-        except (ValueError, RecursionError) as error:
-            raise BadArguments(f"the arguments of {self.name} are no usable JSON: {error}") from None
+        return self.arguments.parse(call.arguments)
 
     async def run(self, arguments: Mapping[str, Any], *, deadline_s: float | None = None) -> Any:
         """Call the function; ``deadline_s`` holds where the tool has none of its own.
@@ -138,14 +126,16 @@ def as_tool(function: Callable[..., Any]) -> Tool:
     if not is_tool(function):
         raise UserError(f"{function!r} is no tool: mark it with @agentrl.tool")
     options: Mapping[str, Any] = function.__agentrl_tool__  # type: ignore[attr-defined]
+    from agentrl.schemas import Arguments  # which loads pydantic
+
     description, documented = _read_docstring(function)
-    adapter = _arguments_adapter(function, documented)
+    arguments = Arguments(function, _parameters(function), documented)
     return Tool(
         name=function.__name__,
         description=description,
-        parameters=_json_schema(adapter, function),
+        parameters=arguments.schema(),
         function=function,
-        adapter=adapter,
+        arguments=arguments,
         **options,
     )
 
@@ -219,81 +209,3 @@ def _read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
             kept.append(line)
     text = "\n".join(line for line in kept if line.strip() not in ("Args:", "Arguments:", "Parameters:"))
     return re.sub(r"\n{3,}", "\n\n", text).strip(), documented
-
-
-def _arguments_adapter(
-    function: Callable[..., Any], documented: Mapping[str, str]
-) -> TypeAdapter[dict[str, Any]]:
-    """A validator of the arguments as one typed dictionary; parameters with a default may be left out."""
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except NameError as error:
-        raise UserError(
-            f"tool {function.__qualname__}: {error} in its type hints; import it at the module's top"
-        ) from error
-    fields: dict[str, Any] = {}
-    for name, parameter in _parameters(function).items():
-        text = documented.get(name) or _annotated_text(hints[name])
-        hint = _annotated[hints[name], Field(description=text)] if text else hints[name]
-        fields[name] = hint if parameter.default is parameter.empty else NotRequired[hint]
-    arguments = _typed_dict("arguments", fields)
-    arguments.__pydantic_config__ = ConfigDict(extra="forbid")
-    try:
-        return TypeAdapter(arguments)
-    except PydanticSchemaGenerationError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"tool {function.__qualname__}: {reason} Use types that JSON can carry.") from error
-
-
-def _annotated_text(hint: Any) -> str | None:
-    extras = getattr(hint, "__metadata__", ())
-    return next((extra for extra in extras if isinstance(extra, str)), None)
-
-
-def _json_schema(adapter: TypeAdapter[dict[str, Any]], function: Callable[..., Any]) -> dict[str, Any]:
-    schema = adapter.json_schema()
-    definitions = schema.pop("$defs", {})
-    plain: dict[str, Any] = _plain(schema, definitions, opened=())
-    plain.setdefault("properties", {})
-    for name, parameter in _parameters(function).items():
-        default = parameter.default
-        if default is None or isinstance(default, str | int | float | bool):
-            plain["properties"][name].setdefault("default", default)
-    return plain
-
-
-def _plain(schema: Any, definitions: Mapping[str, Any], *, opened: tuple[str, ...]) -> Any:
-    """``schema`` without titles and with references written out: chat templates read no references."""
-    if isinstance(schema, list):
-        return [_plain(item, definitions, opened=opened) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        if name in opened:
-            raise UserError(
-                f"a tool's parameter of type {name} contains itself; a model can't be shown such a schema"
-            )
-        siblings = {key: value for key, value in schema.items() if key != "$ref"}
-        return {**_plain(definitions[name], definitions, opened=(*opened, name)), **siblings}
-    plain = {}
-    for key, value in schema.items():
-        if key == "properties":  # its keys are names of parameters, one of which may well be "title"
-            plain[key] = {name: _plain(item, definitions, opened=opened) for name, item in value.items()}
-        elif key != "title":
-            plain[key] = _plain(value, definitions, opened=opened)
-    return plain
-
-
-def _explain(error: ValidationError, name: str, known: tuple[str, ...]) -> str:
-    """Every complaint in one line, for the model to read."""
-    complaints = []
-    for detail in error.errors(include_url=False, include_context=False, include_input=False):
-        place = ".".join(map(str, detail["loc"]))
-        if detail["type"] == "extra_forbidden":
-            complaints.append(f"there is no argument {place!r}{did_you_mean(place, known)}")
-        elif detail["type"] == "missing":
-            complaints.append(f"the argument {place!r} is missing")
-        else:
-            complaints.append(f"{place}: {detail['msg']}" if place else detail["msg"])
-    return f"wrong arguments for {name}: " + "; ".join(complaints)

@@ -24,8 +24,8 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
     frozenset(names.split())
     for names in (
         "types errors seeds files stop_signal allocator stopwatch",
-        "env tool_env faults watchdog tools dispatch tasks wrappers spaces transcript answers reward engine "
-        "registry checks probes contract isolation scoring robustness resources sandbox sandboxing "
+        "env tool_env faults watchdog tools schemas dispatch tasks wrappers spaces transcript answers reward "
+        "engine registry checks probes contract isolation scoring robustness resources sandbox sandboxing "
         "sandbox_cli judge judging attacks interpreter interpreter_process session_env codedata evalplus "
         "questions rows workspaces config configfile modelfiles workers worker_handle worker_process threads",
         "environments rewards sandboxes",
@@ -220,6 +220,12 @@ def _fresh_python(code: str) -> str:
 def test_importing_is_light(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({set(_HEAVY)!r} & set(sys.modules)))"
     assert _fresh_python(code) == ""
+
+
+def test_importing_agentrl_leaves_pydantic_to_the_first_tool() -> None:
+    lists = "print(*sorted({'pydantic'} & set(sys.modules)))"
+    assert _fresh_python(f"import sys, agentrl; {lists}") == ""
+    assert _fresh_python(f"import sys, agentrl; agentrl.make('calculator'); {lists}") == "pydantic"
 
 
 def test_help_is_printed_by_what_was_imported_lightly() -> None:
