@@ -79,19 +79,28 @@ class Checkpoints:
 
         path = self._root / f"step_{state.step:06d}"
         write_folder(path, write)
-        self._tidy()
+        self._tidy(written=path)
         return path
 
     def latest(self, *, on_damage: Callable[[str], object] = lambda line: None) -> Path | None:
         """The newest whole checkpoint; ``on_damage`` is told of each newer one that is not, in one line.
 
-        Raises BadData where it is of another version of the format.
+        None where there is none at all. Raises BadData where it is of another version of the format, and
+        where none is whole: what the run did would be done again and written over.
         """
+        damage = ""
         for path in reversed(self._folders()):
+            if damage:
+                on_damage(f"{damage} and left out; a checkpoint before it is used")
             damage = _find_damage(path)
             if not damage:
                 return path
-            on_damage(f"{path} is damaged ({damage}) and left out; the checkpoint before it is used")
+            damage = f"{path} is damaged ({damage})"
+        if damage:
+            raise BadData(
+                f"{damage}, and there is no whole checkpoint before it; put one back, remove {self._root} to "
+                "begin again after the warm start, or start a new run with name=..."
+            )
         return None
 
     def read(self, path: Path) -> Saved:
@@ -116,11 +125,11 @@ class Checkpoints:
         """By step, damaged ones included; what was not renamed yet is none."""
         return sorted(path for path in self._root.glob("step_*") if path.suffix != PARTIAL)
 
-    def _tidy(self) -> None:
-        """Remove all but the newest and the best, and what a kill left half written."""
+    def _tidy(self, *, written: Path | None = None) -> None:
+        """Remove all but the newest, the best and the one just written, and what a kill left half written."""
         best = self.best()
         ours = [path for path in self._folders() if (path / _MANIFEST).is_file()]
-        kept = {*ours[-self._keep :], *((best[0],) if best else ())}
+        kept = {*ours[-self._keep :], *((best[0],) if best else ()), written}
         for path in (*ours, *self._root.glob(f"*{PARTIAL}")):
             if path not in kept:
                 remove_folder(path)

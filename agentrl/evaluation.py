@@ -162,14 +162,29 @@ def _count(group: Group, success: float) -> TaskCount:
 def compare(before: Evaluation, after: Evaluation, k: int = 1) -> Estimate | None:
     """The paired gain in pass@k over the tasks that both could measure, with its 95 % interval.
 
-    None where there is no such task.
+    None where there is no such task. Raises BadData for evaluations of other tasks than each other's.
     """
+    _check_same_tasks(before.counts, after.counts)
     pairs = [
         (pass_at_k(b.valid, b.correct, k), pass_at_k(a.valid, a.correct, k))
         for b, a in zip(before.counts, after.counts, strict=True)
         if min(b.valid, a.valid) >= k
     ]
     return paired([pair[0] for pair in pairs], [pair[1] for pair in pairs]) if pairs else None
+
+
+def _check_same_tasks(before: Sequence[TaskCount], after: Sequence[TaskCount]) -> None:
+    """Raises BadData. A task without a valid episode may have nothing but a stand-in for its name."""
+    if len(before) != len(after):
+        raise BadData(
+            f"{len(before)} tasks can't be compared with {len(after)}: measure both on the same tasks"
+        )
+    for one, other in zip(before, after, strict=True):
+        if one.valid and other.valid and one.task_id != other.task_id:
+            raise BadData(
+                f"the task {one.task_id!r} can't be compared with {other.task_id!r}: measure both on the "
+                "same tasks in the same order"
+            )
 
 
 def evaluate(

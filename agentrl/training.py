@@ -4,7 +4,8 @@ Rollouts may run ahead of the update by ``algorithm.max_staleness`` versions, an
 0 is strictly on-policy.
 Held-out tasks are measured before, every ``evaluation.every`` steps and after. Ctrl-C and SIGTERM let the
 step finish, save, and say how to resume; a second one stops at once, as does one before or after the steps,
-where nothing would be saved. A run that ended at any instant, killed or not, resumes to the same numbers.
+where nothing would be saved. A run that ended at any instant, killed or not, can be resumed: to the same
+numbers where its engine is deterministic and nothing runs ahead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from agentrl.config import RunConfig, dump_config
 from agentrl.configfile import load_config
 from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData
-from agentrl.evaluation import Measurement, compare
+from agentrl.evaluation import Evaluation, Measurement, compare
 from agentrl.files import write_text, writing
 from agentrl.heldout import HeldOut
 from agentrl.log import Display, RunFolder, RunLog, read_rows
@@ -36,6 +37,7 @@ from agentrl.prepare import prepare_base
 from agentrl.registry import make
 from agentrl.resume import Process, accepted_changes, tokenizer_digest
 from agentrl.show import plot_curve, summary_table
+from agentrl.statistics import Estimate
 from agentrl.stop_signal import StopSignal
 from agentrl.threads import in_compute_thread, run_sync
 from agentrl.trainer import RolledOut, Trainer
@@ -273,7 +275,7 @@ class _Run:
     async def _finish(self, before: Measurement) -> Summary:
         """Measure the trained policy; write the summary, the curve and the table."""
         after = await self._held_out.after()
-        gain = {f"pass@{k}": compare(before.sampled, after.sampled, k) for k in before.sampled.k}
+        gain = {f"pass@{k}": _gain(before.sampled, after.sampled, k) for k in before.sampled.k}
         summary = {
             "before": before.figures,
             "after": after.figures,
@@ -289,3 +291,9 @@ class _Run:
         self._display.show(summary_table(summary))
         self._display.note(f"{summary['seconds']:.0f} s; learning curve: {self._folder.curve}")
         return summary
+
+
+def _gain(before: Evaluation, after: Evaluation, k: int) -> Estimate | None:
+    """The paired gain in pass@k; None where too much of either is invalid for a headline of its own."""
+    reports = [each.reports[f"pass@{k}"] for each in (before, after)]
+    return compare(before, after, k) if all(report.headline for report in reports) else None

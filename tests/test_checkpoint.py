@@ -173,6 +173,15 @@ def test_a_damaged_checkpoint_is_reported_in_a_line_and_the_one_before_is_used(
     assert names(tmp_path) == ["step_000005"]
 
 
+def test_where_no_checkpoint_is_whole_nothing_is_resumed_and_a_new_one_stays(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    (save(checkpoints, 20) / "optimizer.pt").unlink()
+    with pytest.raises(BadData, match=r"step_000020 is damaged \(optimizer.pt is missing\).*remove .*name="):
+        checkpoints.latest()
+    assert save(checkpoints, 10).is_dir()
+    assert names(tmp_path) == ["step_000010", "step_000020"]
+
+
 def test_a_checkpoint_of_another_version_is_refused_and_stays(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     path = save(checkpoints, 5)

@@ -142,6 +142,15 @@ def test_a_gain_is_paired_over_the_tasks_that_both_could_measure() -> None:
     assert compare(nothing, after) is None
 
 
+def test_other_tasks_than_each_others_are_not_compared() -> None:
+    one = Evaluation((count("a", 4, 1), count("b", 4, 2)), (1,), 0.5)
+    for others in ((count("a", 4, 1),), (count("b", 4, 2), count("a", 4, 1))):
+        with pytest.raises(BadData, match="measure both on the same tasks"):
+            compare(one, Evaluation(others, (1,), 0.5))
+    unnamed = Evaluation((count("a", 4, 1), count("test[1]", 0, 0, 4)), (1,), 0.5)
+    assert compare(one, unnamed) is not None
+
+
 # -- the public function, with the engine --
 
 
