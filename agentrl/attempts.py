@@ -23,7 +23,7 @@ from agentrl.chat import Chat, Extension
 from agentrl.config import RolloutConfig
 from agentrl.engine import Engine, Sampling
 from agentrl.env import Env, Step
-from agentrl.errors import AgentRLError, EngineError, UserError, WorldError
+from agentrl.errors import BadData, EngineError, UserError, WorldError
 from agentrl.seeds import derive
 from agentrl.tasks import place_in
 from agentrl.threads import in_thread
@@ -111,11 +111,14 @@ class GoldSpeaker:
     async def __call__(
         self, prompt_ids: IntArray, messages: Sequence[Message], max_tokens: int
     ) -> Completion:
-        """See :class:`Speaker`. Raises AgentRLError where the environment goes on after its gold messages."""
+        """See :class:`Speaker`. Raises BadData where the environment goes on after its gold messages."""
         if self._messages is None:
             self._messages = deque(self._env.gold(self._env.task))
         if not self._messages:
-            raise AgentRLError(f"task {self._env.task.id}: the episode goes on after the last gold message")
+            raise BadData(
+                f"the episode of task {self._env.task.id!r} goes on after its last gold message; the last of "
+                "gold's messages must end it: run agentrl check"
+            )
         token_ids = self._chat.say(messages, self._messages.popleft())
         size = len(token_ids)
         return Completion(token_ids, np.zeros(size, np.float32), np.zeros(size, np.int32), "stop")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from typer.core import TyperGroup
 
-from agentrl.errors import BadConfig, TooManyInvalid, UserError, WorldError
+from agentrl.errors import BadConfig, Diverged, TooManyInvalid, UserError, WorldError, WrongWeights
 from agentrl.sandbox_cli import sandbox_app
 from agentrl.stop_signal import Interrupted
 
@@ -29,12 +29,12 @@ __all__ = ["app", "main"]
 
 
 class _Group(TyperGroup):
-    """Commands whose user errors, and the world's failures, end as one line."""
+    """Commands that end in one line where the user, the world or the policy's numbers are at fault."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (UserError, TooManyInvalid, WorldError) as error:
+        except (UserError, TooManyInvalid, WorldError, WrongWeights, Diverged) as error:
             typer.echo(f"{type(error).__name__}: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
         except KeyboardInterrupt as error:

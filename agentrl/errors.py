@@ -33,6 +33,7 @@ __all__ = [
     "BadData",
     "CannotWrite",
     "EngineError",
+    "Diverged",
     "MissingExtra",
     "TooManyInvalid",
     "ToolError",
@@ -97,6 +98,10 @@ class TooManyInvalid(AgentRLError):
 
 class WrongWeights(AgentRLError):
     """The engine serves other weights than it was given; whatever it samples would be trained on wrongly."""
+
+
+class Diverged(AgentRLError):
+    """A policy whose numbers are no longer finite."""
 
 
 class WorldError(AgentRLError):

@@ -22,7 +22,7 @@ from agentrl.attention import Branches
 from agentrl.batches import Batch, make_batches, split_minibatches, unpack
 from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
 from agentrl.engine import Adapter
-from agentrl.errors import AgentRLError, BadConfig, did_you_mean
+from agentrl.errors import BadConfig, Diverged, did_you_mean
 from agentrl.losses import (
     ClipRange,
     Importance,
@@ -134,7 +134,7 @@ class Optimization:
         """One optimizer step on ``samples``: gradients are summed over microbatches, clipped, applied.
 
         Returns the loss's metrics summed over tokens, ``loss/entropy`` (a sum too) and ``optimizer/*``.
-        Raises AgentRLError where the gradient is not finite; the weights are then as before.
+        Raises Diverged where the gradient is not finite; the weights are then as before.
         """
         rate = self._settings.learning_rate * learning_rate_factor(self._settings, step, self._steps)
         for group in self.adamw.param_groups:
@@ -145,13 +145,19 @@ class Optimization:
             norm = self._apply(step)
         return {**sums, "optimizer/grad_norm": norm, "optimizer/learning_rate": rate}
 
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the moments of AdamW's ``state``; its settings stay those of this run."""
+        self.adamw.load_state_dict(state)
+        for group in self.adamw.param_groups:
+            group.update(betas=self._settings.betas, weight_decay=self._settings.weight_decay)
+
     def _apply(self, step: int) -> float:
         """Clip the gradient and step; the gradient's norm before."""
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self._settings.grad_clip))
         if not math.isfinite(norm):
             self.adamw.zero_grad()
-            raise AgentRLError(
-                f"the gradient's norm is {norm} at step {step}, and the weights are as before it; lower "
+            raise Diverged(
+                f"the gradient's norm is {norm} at step {step}, and it was not applied; lower "
                 "optimizer.learning_rate or optimizer.grad_clip"
             )
         self.adamw.step()
@@ -193,6 +199,7 @@ class Learner:
         from peft import get_peft_model_state_dict
 
         self.policy = adapt(model, lora, seed=seed)
+        self._has_dropout = lora.dropout > 0
         self._algorithm = algorithm
         self._clip = ClipRange(algorithm.clip_low, algorithm.clip_high)
         self._importance = Importance(
@@ -256,8 +263,11 @@ class Learner:
         split = split_minibatches(samples, self._algorithm.minibatches, seed=seed)
         parts = [(kept, _trained_tokens(part)) for part in split if (kept := self._with_gradient(part))]
         # Scored before the first step, with the weights that every part's ratio refers to. The first part
-        # needs none: its own forward pass has those weights.
-        parts[1:] = [(self._with_old(kept, temperature=temperature), tokens) for kept, tokens in parts[1:]]
+        # needs none where nothing is dropped out: its own forward pass has those weights.
+        known = 0 if self._has_dropout else 1
+        parts[known:] = [
+            (self._with_old(kept, temperature=temperature), tokens) for kept, tokens in parts[known:]
+        ]
         rows: list[Metrics] = []
         for index, (kept, tokens) in enumerate(parts):
             loss = _PolicyLoss(
@@ -302,7 +312,7 @@ class Learner:
         from peft import set_peft_model_state_dict
 
         set_peft_model_state_dict(self.policy, dict(adapter.tensors))
-        self.optimization.adamw.load_state_dict(optimizer)
+        self.optimization.restore(optimizer)
 
     def publish(self) -> Adapter:
         """A copy of the adapter, as PEFT saves it."""

@@ -109,7 +109,6 @@ def _window_codes(token_ids: IntArray) -> np.ndarray[tuple[int], np.dtype[np.uin
 
 def _rewards(groups: Sequence[Group], valid: Sequence[Trajectory]) -> dict[str, float]:
     rewards = np.array([trajectory.reward for trajectory in valid])
-    siblings = [[trajectory.reward for trajectory in group.valid] for group in groups]
     parts: dict[str, list[float]] = {}
     flags: list[float] = []
     for trajectory in valid:
@@ -124,10 +123,20 @@ def _rewards(groups: Sequence[Group], valid: Sequence[Trajectory]) -> dict[str, 
         "reward/std": float(rewards.std()),
         "reward/min": float(rewards.min()),
         "reward/max": float(rewards.max()),
-        "group/informative": float(np.mean([is_informative(returns) for returns in siblings])),
-        "group/reward_std": float(np.mean([np.std(returns) for returns in siblings if returns])),
+        **_spread(groups),
         **{f"reward/part/{name}": float(np.mean(values)) for name, values in sorted(parts.items())},
         **({"sandbox/hack_flags": float(np.mean(flags))} if flags else {}),
+    }
+
+
+def _spread(groups: Sequence[Group]) -> dict[str, float]:
+    """How the returns of siblings differ; nothing where no episode was to have one."""
+    if all(len(group.trajectories) == 1 for group in groups):
+        return {}
+    siblings = [[trajectory.reward for trajectory in group.valid] for group in groups]
+    return {
+        "group/informative": float(np.mean([is_informative(returns) for returns in siblings])),
+        "group/reward_std": float(np.mean([np.std(returns) for returns in siblings if returns])),
     }
 
 

@@ -28,7 +28,7 @@ from agentrl.chat import Chat
 from agentrl.config import RolloutConfig
 from agentrl.engine import Engine, Sampling
 from agentrl.env import Env
-from agentrl.errors import AgentRLError, WorldError
+from agentrl.errors import BadData, WorldError
 from agentrl.faults import Ledger, as_fault
 from agentrl.types import Group, Task, Trajectory
 from agentrl.watchdog import Watchdog
@@ -176,8 +176,8 @@ async def gold_episodes(
 ) -> list[Trajectory]:
     """The episodes of ``plans`` as ``Env.gold`` says them: what a warm start learns from.
 
-    Raises AgentRLError for an episode that the environment does not reward: its gold messages are wrong; and
-    the last WorldError of one that the world fails in every attempt.
+    Raises BadData for an episode that the environment does not reward: its gold messages are wrong; and the
+    last WorldError of one that the world fails, or that is called invalid, in every attempt.
     """
     watchdog = Watchdog(quiet_s=limits.stall_s, on_stall=lambda text: None)
     attempts = Attempts(make_env, chat, limits=limits, watchdog=watchdog)
@@ -185,7 +185,7 @@ async def gold_episodes(
     for plan in plans:
         trajectory = await _gold_episode(attempts, plan, retries=limits.retries)
         if not trajectory.reward > 0:
-            raise AgentRLError(
+            raise BadData(
                 f"the gold episode of task {trajectory.task_id!r} ended with {trajectory.stop_reason!r} and "
                 f"a reward of {trajectory.reward:g}; a right episode is rewarded: run agentrl check"
             )
@@ -194,16 +194,20 @@ async def gold_episodes(
 
 
 async def _gold_episode(attempts: Attempts, plan: EpisodePlan, *, retries: int) -> Trajectory:
+    async def attempt() -> Trajectory:
+        _, trajectory = await attempts.run(plan, GoldSpeaker)
+        if not trajectory.valid:
+            raise WorldError(f"task {trajectory.task_id!r}: {trajectory.faults[-1].message}")
+        return trajectory
+
     for _ in range(retries):
         with suppress(WorldError):
-            _, trajectory = await attempts.run(plan, GoldSpeaker)
-            return trajectory
+            return await attempt()
     try:
-        _, trajectory = await attempts.run(plan, GoldSpeaker)
+        return await attempt()
     except WorldError as error:
         error.add_note(f"in every one of {1 + retries} attempts at the gold episode of task {plan.index}")
         raise
-    return trajectory
 
 
 def _grouped(plans: Sequence[EpisodePlan], outcomes: Sequence[tuple[Task, Trajectory]]) -> list[Group]:

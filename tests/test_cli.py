@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from agentrl.cli import app
 from agentrl.config import EngineConfig
 from agentrl.configfile import load_config
-from agentrl.errors import BadData, EngineError
+from agentrl.errors import BadData, Diverged, EngineError, WrongWeights
 
 _UNSOUND = """\
 from agentrl.tool_env import ToolEnv
@@ -182,11 +182,14 @@ def test_a_server_that_can_not_be_reached_is_one_line_and_no_users_error(tiny_ch
     assert result.stderr.count("\n") == 1
 
 
-def test_the_worlds_failure_is_one_line_and_no_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    _stand_in(monkeypatch, "train", EngineError("http://127.0.0.1:8000/v1 failed in 7 attempts"))
+@pytest.mark.parametrize("kind", [EngineError, WrongWeights, Diverged])
+def test_what_ends_a_run_and_is_no_bug_is_one_line_and_no_users_error(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    _stand_in(monkeypatch, "train", kind("http://127.0.0.1:8000/v1 failed in 7 attempts"))
     result = _agentrl("train", "quickstart")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "EngineError: http://127.0.0.1:8000/v1 failed in 7 attempts\n"
+    assert result.stderr == f"{kind.__name__}: http://127.0.0.1:8000/v1 failed in 7 attempts\n"
 
 
 def test_an_interrupt_ends_with_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from agentrl.batches import make_batches
 from agentrl.checkpoint import write_adapter
 from agentrl.config import AlgorithmConfig, BatchConfig, LoraConfig, OptimizerConfig
 from agentrl.engine import Adapter
-from agentrl.errors import AgentRLError, BadConfig
+from agentrl.errors import BadConfig, Diverged
 from agentrl.learner import Learner, learning_rate_factor
 from agentrl.types import Sample
 
@@ -432,6 +432,13 @@ def test_dropout_depends_on_the_seed_of_the_update_alone(make_learner: MakeLearn
     assert distance(gradients[0], gradients[2]) > 0.01
 
 
+def test_the_sampler_is_compared_with_a_policy_that_drops_nothing_out(make_learner: MakeLearner) -> None:
+    learner = make_learner(lora={"dropout": 0.5})
+    scored = learner.optimization.score(samples(), temperature=1.0)
+    exact = [dataclasses.replace(s, logprobs=value) for s, value in zip(samples(), scored, strict=True)]
+    assert update(learner, exact)["mismatch/max"] < 1e-5
+
+
 def test_norms_in_half_precision_are_refused(make_learner: MakeLearner) -> None:
     with pytest.raises(BadConfig, match=r"train_norms is true, and the base is in bfloat16.*model.dtype"):
         make_learner(dtype="bfloat16", lora={"train_norms": True}, fresh=True)
@@ -457,6 +464,15 @@ def test_a_restored_learner_goes_on_to_the_same_weights(make_learner: MakeLearne
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_restored_learner_has_its_own_settings_of_the_optimizer(make_learner: MakeLearner) -> None:
+    learner = make_learner()
+    update(learner, samples())
+    changed = make_learner(optimizer={"betas": (0.5, 0.6), "weight_decay": 0.25})
+    changed.restore(learner.publish(), learner.optimizer_state())
+    (group,) = changed.optimization.adamw.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.5, 0.6), 0.25)
+
+
 # -- steps --
 
 
@@ -467,7 +483,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_stay(
     learner = make_learner()
     before = learner.publish().tensors
     bad = sample(10, seed=3, advantage=value)
-    with pytest.raises(AgentRLError, match=r"the gradient's norm is (nan|inf) at step 4"):
+    with pytest.raises(Diverged, match=r"the gradient's norm is (nan|inf) at step 4"):
         update(learner, [*samples(), bad], step=4)
     assert all(torch.equal(before[name], tensor) for name, tensor in learner.publish().tensors.items())
     assert not gradient(learner)

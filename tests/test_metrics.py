@@ -106,6 +106,12 @@ def test_groups_whose_valid_rewards_agree_are_not_informative() -> None:
     assert described["fault/environment"] == 3.0
 
 
+def test_episodes_without_siblings_have_no_spread() -> None:
+    described = describe_groups([group(episode(1.0)), group(episode(0.0))])
+    assert not {key for key in described if key.startswith("group/")}
+    assert described["reward/std"] == 0.5
+
+
 def test_calls_are_counted_with_the_bad_ones() -> None:
     described = describe_groups(
         [group(episode(calls=("ok", "invalid_json", "ok")), episode(calls=("unclosed",)))]

@@ -18,7 +18,7 @@ from agentrl.chats import Chats
 from agentrl.config import RolloutConfig
 from agentrl.engine import Engine, Sampling
 from agentrl.env import Env, Step
-from agentrl.errors import AgentRLError, EngineError, UserError, WorldError
+from agentrl.errors import BadData, EngineError, UserError, WorldError
 from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
 from agentrl.threads import in_thread
@@ -776,11 +776,30 @@ def test_a_failure_of_the_world_in_a_gold_episode_is_retried(chats: Chats) -> No
     assert "every one of 2 attempts" in caught.value.__notes__[-1]
 
 
+def test_a_gold_episode_that_its_environment_calls_invalid_is_the_worlds_fault(chats: Chats) -> None:
+    class Unsure(Desk):
+        async def astep(self, action: Any) -> Any:
+            observation, reward, terminated, truncated, info = await super().astep(action)
+            first = len(self.made) == 1
+            return observation, reward, terminated, truncated, {**info, "is_valid": not first}
+
+        def gold(self, task: Task) -> Sequence[Message]:
+            return (Message("assistant", "3"),)
+
+    limits = RolloutConfig(max_turn_tokens=64, max_episode_tokens=512, retries=1)
+    (episode,) = asyncio.run(gold_episodes(Unsure, chats, plans(), limits=limits))
+    assert (episode.valid, len(Unsure.made)) == (True, 2)
+    Unsure.made.clear()
+    limits = limits.model_copy(update={"retries": 0})
+    with pytest.raises(WorldError, match="the environment called its episode invalid"):
+        asyncio.run(gold_episodes(Unsure, chats, plans(), limits=limits))
+
+
 @pytest.mark.parametrize(
     ("gold", "message"),
     [
         ((Message("assistant", "4"),), "ended with 'answered' and a reward of 0"),
-        ((), "goes on after the last gold message"),
+        ((), "goes on after its last gold message"),
     ],
 )
 def test_a_wrong_gold_is_an_error(chats: Chats, gold: tuple[Message, ...], message: str) -> None:
@@ -789,6 +808,6 @@ def test_a_wrong_gold_is_an_error(chats: Chats, gold: tuple[Message, ...], messa
             return gold
 
     limits = RolloutConfig(max_turn_tokens=64, max_episode_tokens=512)
-    with pytest.raises(AgentRLError, match=message):
+    with pytest.raises(BadData, match=message):
         asyncio.run(gold_episodes(Wrong, chats, plans(), limits=limits))
     assert len(Wrong.made) == len(Wrong.closed) == 1

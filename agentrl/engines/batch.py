@@ -19,7 +19,7 @@ from agentrl.engine import Sampling
 from agentrl.engines.cache import Decode, KVCache, Prefill, Span
 from agentrl.engines.pasts import Pasts
 from agentrl.engines.sampling import draw, uniforms
-from agentrl.errors import AgentRLError
+from agentrl.errors import Diverged
 from agentrl.models import backbone, head
 from agentrl.stopwatch import Stopwatch
 from agentrl.types import Finish, FloatArray, IntArray
@@ -97,7 +97,7 @@ class Batch:
         """Admit ``fresh``, decode until a request finishes or someone interrupts, and return the finished
         ones.
 
-        Raises AgentRLError where the logits are not finite. After any error the batch is empty.
+        Raises Diverged where the logits are not finite. After any error the batch is empty.
         """
         try:
             return self._advance(fresh)
@@ -246,7 +246,7 @@ class Batch:
         self._said[index, rows["count"]] = rows["last"]
         self._logprobs[index, rows["count"]] = logprobs.cpu().numpy()
         if not np.isfinite(self._logprobs[index, rows["count"]]).all():
-            raise AgentRLError(
+            raise Diverged(
                 f"{type(self.model).__name__} gave logits that are not finite: its weights have diverged, or "
                 "its dtype is too small for them; go back to an earlier checkpoint with a lower "
                 "optimizer.learning_rate, or set model.dtype to float32"
