@@ -25,8 +25,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ from agentrl.threads import in_compute_thread
 from agentrl.types import Completion, FloatArray, IntArray, Sample
 
 __all__ = ["SAMPLED_TOKENS", "Canary", "Place", "locate"]
+
+T = TypeVar("T")
 
 SAMPLED_TOKENS = 16  # of each of the two completions behind a prompt
 _KINDS = ("tokens of scored prompts", "sampled tokens", "tokens sampled behind a cached prefix")
@@ -165,6 +168,7 @@ class Canary:
         tolerance: float | None = None,  # mean nats from engine to learner; None: by the model's precision
         adapter_dtype: torch.dtype | None = None,  # that the engine rounds adapters to; None: it does not
         merged: bool = False,  # whether the engine has adapter and base in one, rounded as the base is
+        deadline_s: float = 600.0,  # of the requests that are sent at the same time
     ) -> None:
         """Asks nothing yet. Raises ValueError for prompts that prove nothing."""
         distinct = _distinct(prompts)
@@ -172,7 +176,7 @@ class Canary:
         self._known = [known for _, known in distinct]  # first tokens of each that are not compared
         self._engine, self._learner, self._seed = engine, learner, seed
         self._tolerance = _tolerance(learner) if tolerance is None else tolerance
-        self._adapter_dtype, self._merged = adapter_dtype, merged
+        self._adapter_dtype, self._merged, self._deadline_s = adapter_dtype, merged, deadline_s
         self._scores = True  # until the engine refuses to
         self._base = _Weights(0, "the bare base", None)
         self._before = self._apart = self._base  # the last one proved; the last that was told from its past
@@ -255,7 +259,7 @@ class Canary:
         once."""
         if self._scores:
             try:
-                return await asyncio.gather(*(self._engine.score(prompt, 1.0) for prompt in self._prompts))
+                return await self._in_time(self._engine.score(prompt, 1.0) for prompt in self._prompts)
             except UserError:
                 self._scores = False
         return [np.zeros(len(prompt), np.float32) for prompt in self._prompts]
@@ -265,7 +269,7 @@ class Canary:
         seeds = [derive(self._seed, "canary", name, place) for place in range(len(prompts))]
         samplings = [Sampling(max_tokens=SAMPLED_TOKENS, seed=seed) for seed in seeds]
         asked = zip(prompts, samplings, strict=True)
-        completions = await asyncio.gather(*(self._engine.generate(*request) for request in asked))
+        completions = await self._in_time(self._engine.generate(*request) for request in asked)
         versions = {int(each) for completion in completions for each in completion.versions}
         if not versions:
             raise EngineError(
@@ -279,6 +283,17 @@ class Canary:
                 f"{_ADVICE}"
             )
         return completions
+
+    async def _in_time(self, requests: Iterable[Awaitable[T]]) -> list[T]:
+        """What they return. Raises EngineError at the deadline."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.gather(*requests)
+        except TimeoutError as error:
+            raise EngineError(
+                f"the engine took over {self._deadline_s:g} s to prove its weights "
+                "(rollout.request_deadline_s)"
+            ) from error
 
     # -- what the learner says --
 

@@ -7,7 +7,7 @@ it from the first step to the last, ``agentrl.bench`` for a few.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,18 +169,23 @@ class Trainer:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """What the engine does meanwhile, for an evaluation say, is in no row's figures."""
+        """The tokens of meanwhile, of an evaluation say, are in no row's figures; those of rollouts that run
+        ahead can't be told from them."""
         self._keep_engine_figures()
         try:
             yield
         finally:
             if isinstance(self._engine, Measured):
-                self._engine.take_figures()
+                kept = ("engine/restarts",)
+                self._add_figures({k: v for k, v in self._engine.take_figures().items() if k in kept})
 
     def _keep_engine_figures(self) -> None:
         if isinstance(self._engine, Measured):
-            for name, amount in self._engine.take_figures().items():
-                self._figures[name] = self._figures.get(name, 0.0) + amount
+            self._add_figures(self._engine.take_figures())
+
+    def _add_figures(self, figures: Mapping[str, float]) -> None:
+        for name, amount in figures.items():
+            self._figures[name] = self._figures.get(name, 0.0) + amount
 
     async def _update(self, step: int, samples: Sequence[Sample]) -> dict[str, float]:
         """One update and the swap of the adapter in the engine; no swap where nothing was learnt."""
@@ -240,6 +245,7 @@ class Trainer:
             seed=derive(self._config.seed, "canary"),
             adapter_dtype=None if merged else dtype,
             merged=merged,
+            deadline_s=self._config.rollout.request_deadline_s,
         )
 
     def _with_advantages(self, step: int, groups: Sequence[Group]) -> list[Sample]:

@@ -48,7 +48,7 @@ class FakeCore:
         self.weights: dict[str, torch.Tensor] = {}  # that were replaced
         self.sent: list[list[str]] = []  # names, of every replacement
         self.requests: list[tuple[list[int], Sampling, str]] = []
-        self.dies_at_add = False
+        self.dies_at_add = self.dies_at_sleep = False
         self._go, self._cut = asyncio.Event(), asyncio.Event()
         self._go.set()
 
@@ -120,10 +120,17 @@ class FakeCore:
         self._cut = asyncio.Event()
 
     async def sleep(self) -> None:
+        self._live_on()
         await self.pause()
 
     async def wake(self) -> None:
+        self._live_on()
         await self.resume()
+
+    def _live_on(self) -> None:
+        self.dead |= self.dies_at_sleep
+        if self.dead:
+            raise CoreDied("gone")
 
     async def fused_layers(self) -> dict[str, list[str]]:
         return {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}

@@ -229,6 +229,7 @@ def make_run(make_model: Callable[..., Any]) -> MakeRun:
         tolerance: float | None = None,
         adapter_dtype: torch.dtype | None = None,
         merged: bool = False,
+        deadline_s: float = 60.0,
         **lies: Any,
     ) -> Run:
         model = make_model(dtype=dtype)
@@ -236,8 +237,15 @@ def make_run(make_model: Callable[..., Any]) -> MakeRun:
             if parameter.ndim > 1:
                 parameter.data.mul_(8)
         liar = engine(model, **lies)
-        settings = {"tolerance": tolerance, "adapter_dtype": adapter_dtype, "merged": merged}
-        return Run(model, liar, learning_rate=learning_rate, **settings)
+        return Run(
+            model,
+            liar,
+            learning_rate=learning_rate,
+            tolerance=tolerance,
+            adapter_dtype=adapter_dtype,
+            merged=merged,
+            deadline_s=deadline_s,
+        )
 
     return make
 
@@ -539,6 +547,18 @@ def test_an_engine_that_samples_nothing_has_failed(make_run: MakeRun) -> None:
 
     run.engine.generate = silent  # type: ignore[method-assign]
     with pytest.raises(EngineError, match="sampled no token"):
+        prove(run, 1)
+
+
+def test_an_engine_that_does_not_answer_has_failed(make_run: MakeRun) -> None:
+    run = make_run(deadline_s=0.05)
+
+    async def hang(token_ids: IntArray, temperature: float) -> FloatArray:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    run.engine.score = hang  # type: ignore[method-assign]
+    with pytest.raises(EngineError, match=r"took over 0.05 s to prove .*rollout.request_deadline_s"):
         prove(run, 1)
 
 

@@ -24,7 +24,7 @@ than one event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -183,11 +183,11 @@ class VLLMEngine:
         can't.
         """
         self._attend()
-        core = await self._revive()
+        await self._revive()
         self._pauses += 1
         self._awake.clear()
         try:
-            await core.sleep()
+            await self._until_alive(lambda core: core.sleep())
         except BaseException:
             self._awake.set()
             raise
@@ -195,8 +195,7 @@ class VLLMEngine:
     async def wake(self) -> None:
         """Undo :meth:`sleep`."""
         self._attend()
-        core = await self._revive()
-        await core.wake()
+        await self._until_alive(lambda core: core.wake())
         self._awake.set()
 
     async def close(self) -> None:
@@ -293,11 +292,7 @@ class VLLMEngine:
 
     async def _load(self, adapter: Adapter | None, version: int) -> None:
         async with self._loading:
-            while True:
-                core = await self._revive()
-                with suppress(CoreDied):  # it is started anew, and this load is made again
-                    await self._swap(core, adapter, version)
-                    return
+            await self._until_alive(lambda core: self._swap(core, adapter, version))
 
     async def _swap(self, core: Core, adapter: Adapter | None, version: int) -> None:
         """Serve ``adapter`` instead of the current one, which goes once its requests are done."""
@@ -333,6 +328,14 @@ class VLLMEngine:
             await self._versions.take_back(core, old.published)
 
     # -- the core's life --
+
+    async def _until_alive(self, do: Callable[[Core], Awaitable[None]]) -> None:
+        """Have the core do something, again with another one where it dies of it."""
+        while True:
+            core = await self._revive()
+            with suppress(CoreDied):
+                await do(core)
+                return
 
     async def _revive(self) -> Core:
         """The core, started again if it is dead, once for all that ask.

@@ -32,6 +32,7 @@ T = TypeVar("T")
 __all__ = ["Core", "CoreDied", "PublishedAdapter", "Sampled", "VLLMCore"]
 
 _GLANCE_S = 0.5  # between looks at whether the core that is waited for still lives
+_ANSWER_S = 1800.0  # for what is no request: then the core hangs, and counts as dead
 _FAREWELL_S = 10.0  # for a process that was killed to be gone
 _COOLEST, _HOTTEST = 0.01, 2.0  # temperatures above 0 that vLLM 0.32 samples at; it would change others
 _FINISHES: Mapping[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
@@ -112,6 +113,7 @@ class VLLMCore:
         lora = config.lora_config
         self.dtype: torch.dtype = config.model_config.dtype if lora is None else lora.lora_dtype
         self._requests = itertools.count()
+        self._hangs = False
 
     @classmethod
     async def start(cls, settings: VLLMSettings, *, home: Path) -> VLLMCore:
@@ -136,7 +138,7 @@ class VLLMCore:
     @property
     def dead(self) -> bool:
         """Whether it will never answer again."""
-        return self._running is None or bool(self._running.errored)
+        return self._running is None or self._hangs or bool(self._running.errored)
 
     async def sample(
         self, token_ids: list[int], sampling: Sampling, *, adapter: PublishedAdapter | None
@@ -254,9 +256,11 @@ class VLLMCore:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         task = asyncio.ensure_future(call)
+        until = asyncio.get_running_loop().time() + _ANSWER_S
         try:
             while not task.done():
                 await asyncio.wait({task}, timeout=_GLANCE_S)
+                self._hangs |= asyncio.get_running_loop().time() > until and not task.done()
                 if self.dead and not task.done():
                     raise _died()
             return task.result()

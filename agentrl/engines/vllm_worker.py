@@ -157,8 +157,9 @@ def _as_tuple(tensors: Any) -> tuple[Tensor, ...]:
 def _end_with(owner: int, home: str) -> None:
     """Wait for the end of the process ``owner``, then end this process and those between the two."""
     between = _ancestors_below(owner)
-    descriptor = os.pidfd_open(owner)
-    select.select([descriptor], [], [])
+    with suppress(ProcessLookupError):  # it has ended before this module was loaded
+        descriptor = os.pidfd_open(owner)
+        select.select([descriptor], [], [])
     shutil.rmtree(home, ignore_errors=True)
     for process in (*between, os.getpid()):
         with suppress(ProcessLookupError):  # it has ended by itself

@@ -280,6 +280,21 @@ def test_requests_wait_while_the_engine_sleeps() -> None:
     assert len(serve(use).token_ids) == 4
 
 
+@pytest.mark.parametrize("dies_in_its_sleep", [False, True])
+def test_a_core_that_dies_of_sleeping_or_waking_is_replaced(dies_in_its_sleep: bool) -> None:
+    async def use(engine: VLLMEngine, vllm: Vllm) -> int:
+        if dies_in_its_sleep:
+            await engine.sleep()
+        vllm.cores[0].dies_at_sleep = True
+        if not dies_in_its_sleep:
+            await engine.sleep()
+        await engine.wake()
+        await engine.generate(PROMPT, sampling())
+        return len(vllm.cores)
+
+    assert serve(use) == 2
+
+
 def test_prompt_tokens_that_the_cache_had_are_counted_apart() -> None:
     async def use(engine: VLLMEngine, vllm: Vllm) -> dict[str, float]:
         await engine.generate(PROMPT, sampling())
