@@ -24,6 +24,7 @@ from agentrl.config import RolloutConfig
 from agentrl.engine import Engine, Sampling
 from agentrl.env import Env, Step
 from agentrl.errors import BadData, EngineError, UserError, WorldError
+from agentrl.faults import in_line_s
 from agentrl.seeds import derive
 from agentrl.tasks import place_in
 from agentrl.threads import in_thread
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 __all__ = ["Attempts", "EngineSpeaker", "EpisodePlan", "GoldSpeaker", "Speaker"]
 
+_GLANCE_S = 0.01  # at least, between looks at a deadline that standing in line moves
 _CANCEL_S = 1.0  # for what was given up to end
 
 
@@ -320,12 +322,14 @@ class _Episode:
 
 
 async def _within(work: Awaitable[T], seconds: float, *, late: Callable[[], WorldError]) -> T:
-    """What ``work`` returns or raises. Raises ``late()`` after ``seconds``, and does not wait for work that
-    refuses to be cancelled; RuntimeError for work that cancels itself, which asyncio would take for an
-    episode that nobody wants any more."""
+    """What ``work`` returns or raises. Raises ``late()`` after ``seconds``, without those that it stood in
+    line behind other episodes, and does not wait for work that refuses to be cancelled; RuntimeError for work
+    that cancels itself, which asyncio would take for an episode that nobody wants any more."""
+    until = time.monotonic() + seconds - in_line_s()
     task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task}, timeout=seconds)
+        while (left := until + in_line_s() - time.monotonic()) > 0 and not task.done():
+            await asyncio.wait({task}, timeout=max(left, _GLANCE_S))
         if not task.done():
             raise late()
         try:

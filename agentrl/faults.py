@@ -7,9 +7,11 @@ writes into it; outside of episodes nothing is kept.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -25,6 +27,8 @@ __all__ = [
     "check_invalid",
     "count_call",
     "healed",
+    "in_line",
+    "in_line_s",
 ]
 
 # What an episode depends on, and therefore the keys of the metrics: fixed for ever.
@@ -36,12 +40,41 @@ CALL_ENDS = ("error", "late", "cut")
 _ledger: ContextVar[Ledger] = ContextVar("ledger")
 
 
+class Line:
+    """How long an episode has stood in line behind others, in whichever threads; overlapping waits once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waits = 0
+        self._since = self._before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        with self._lock:
+            return self._before + (time.monotonic() - self._since if self._waits else 0.0)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Stand in line meanwhile."""
+        with self._lock:
+            self._since = self._since if self._waits else time.monotonic()
+            self._waits += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waits -= 1
+                self._before += 0.0 if self._waits else time.monotonic() - self._since
+
+
 @dataclass(slots=True)
 class Ledger:
     """What went wrong in the attempts at one episode."""
 
     faults: list[Fault] = field(default_factory=list)  # in the order in which they were met
     calls: Counter[str] = field(default_factory=Counter)  # by ``CALL_ENDS``
+    line: Line = field(default_factory=lambda: Line())
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -58,6 +91,20 @@ def healed(error: WorldError) -> None:
     ledger = _ledger.get(None)
     if ledger is not None:
         ledger.faults.append(as_fault(error))
+
+
+@contextmanager
+def in_line() -> Iterator[None]:
+    """Wait meanwhile for a turn that other episodes have: no deadline of a step counts this time."""
+    ledger = _ledger.get(None)
+    with nullcontext() if ledger is None else ledger.line.joined():
+        yield
+
+
+def in_line_s() -> float:
+    """Seconds that this episode has waited ``in_line`` until now; 0 outside of episodes."""
+    ledger = _ledger.get(None)
+    return 0.0 if ledger is None else ledger.line.seconds
 
 
 def count_call(end: str) -> None:

@@ -7,7 +7,17 @@ import asyncio
 import pytest
 
 from agentrl.errors import EngineError, TooManyInvalid, WorkerLost, WorldError
-from agentrl.faults import BOUNDARIES, Ledger, as_fault, blamed_on, check_invalid, count_call, healed
+from agentrl.faults import (
+    BOUNDARIES,
+    Ledger,
+    as_fault,
+    blamed_on,
+    check_invalid,
+    count_call,
+    healed,
+    in_line,
+    in_line_s,
+)
 from agentrl.threads import in_thread
 from agentrl.types import Fault, Group, Message, Task, Trajectory
 
@@ -99,3 +109,23 @@ def test_a_step_without_failures_passes_however_strict_a_run_is() -> None:
     check_invalid([], most=0.0)
     with pytest.raises(TooManyInvalid, match="1 of 2"):
         check_invalid([group(episode(), episode("reward", "gone"))], most=0.0)
+
+
+def test_waits_in_line_are_summed_and_those_at_the_same_time_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("agentrl.faults.time.monotonic", lambda: now)
+    with Ledger().opened():
+        with in_line():
+            now = 1.0
+            with in_line():
+                now = 3.0
+            now = 4.0
+        now = 10.0
+        assert in_line_s() == 4.0
+        with in_line():
+            now = 11.0
+            assert in_line_s() == 5.0
+    with in_line():  # outside of an episode nothing is kept
+        assert in_line_s() == 0.0

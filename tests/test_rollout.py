@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from agentrl.config import RolloutConfig
 from agentrl.engine import Engine, Sampling
 from agentrl.env import Env, Step
 from agentrl.errors import BadData, EngineError, UserError, WorldError
+from agentrl.faults import in_line
 from agentrl.rollout import EpisodePlan, Rollouts, gold_episodes
 from agentrl.samples import to_samples
 from agentrl.threads import in_thread
@@ -617,6 +619,20 @@ def test_a_tool_that_hangs_is_an_observation_even_where_a_step_may_take_less_tha
     hung = only(groups[:1])
     assert "took longer than 3 s" in hung.messages[2].content
     assert (hung.faults, hung.calls) == ((), {"late": 1})
+
+
+@pytest.mark.parametrize("waits_for_others", [True, False])
+def test_a_step_that_stands_in_line_behind_others_is_not_late(
+    scripted_engine: Any, chats: Chats, waits_for_others: bool
+) -> None:
+    class Crowded(Desk):
+        def reward(self, evidence: Any) -> float:
+            with in_line() if waits_for_others else nullcontext():
+                time.sleep(1.5)
+            return 1.0
+
+    trajectory = only(run(Crowded, scripted_engine("3"), chats, deadline_s=1.0, retries=0))
+    assert (trajectory.valid, trajectory.fault) == ((True, "") if waits_for_others else (False, "reward"))
 
 
 def test_a_coroutine_that_refuses_to_be_cancelled_holds_nobody_up(scripted_engine: Any, chats: Chats) -> None:
