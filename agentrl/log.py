@@ -250,7 +250,8 @@ class RunLog:
             lines = (json.dumps(transcript(trajectory), ensure_ascii=False) for trajectory in chosen)
             path = self.folder.transcripts(step)
             with writing(path):
-                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                # A lone surrogate, which a policy's program or a tool may have said, becomes "?".
+                path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""

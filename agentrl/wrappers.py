@@ -120,7 +120,10 @@ class TextObservation(LanguageWrapper, RecordConstructorArgs):
 
 
 class RecordTrajectory(LanguageWrapper, RecordConstructorArgs):
-    """Appends every episode that ends to a JSONL file: task_id, messages, rewards by step, stop_reason."""
+    """Appends every episode that ends to a JSONL file: task_id, messages, rewards by step, stop_reason.
+
+    Lone surrogates, which UTF-8 can't hold, become "?".
+    """
 
     def __init__(self, env: gymnasium.Env[Any, Any], *, path: str | Path) -> None:
         RecordConstructorArgs.__init__(self, path=str(path))
@@ -150,5 +153,5 @@ class RecordTrajectory(LanguageWrapper, RecordConstructorArgs):
             "stop_reason": stop_reason,
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8", errors="replace") as file:
             file.write(json.dumps(episode, ensure_ascii=False) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -196,6 +197,17 @@ def test_transcripts_are_of_different_tasks_and_as_many_as_asked_for(folder: Run
     episodes = [json.loads(line) for line in folder.transcripts(12).read_text().splitlines()]
     assert [(episode["task_id"], episode["sibling"]) for episode in episodes] == [("a", 0), ("b", 0)]
     assert folder.transcripts(12).name == "step_000012.jsonl"
+
+
+def test_lone_surrogates_end_no_run(folder: RunFolder) -> None:
+    call = ToolCall(id="c1", name="add", arguments={"a": "\ud800"}, raw="<add>", span=(0, 2))
+    said = (Message("user", "?"), Message("assistant", "\ud800", (call,)))
+    score = Score(0.0, {}, "RE: ValueError: \ud800")
+    episode = dataclasses.replace(_trajectory(), messages=said, score=score)
+    with RunLog(folder, config_text=_CONFIG, transcripts=1) as log:
+        log.transcripts(1, [_group(episode)])
+    (line,) = folder.transcripts(1).read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["score"]["note"] == "RE: ValueError: ?"
 
 
 def test_a_log_that_wants_no_transcripts_writes_no_file(folder: RunFolder) -> None:

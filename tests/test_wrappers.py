@@ -82,11 +82,12 @@ def test_a_recording_holds_every_episode_that_ended(tmp_path: Path) -> None:
     env.step(LOOK)
     env.step(Message("assistant", "a door"))
     env.reset(seed=0)
-    env.truncate("length", Message("assistant", "é"))
+    env.truncate("length", Message("assistant", "é\ud800"))
     first, second = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert (first["task_id"], first["rewards"], first["stop_reason"]) == ("door", [0.0, 1.0], "answered")
     assert [message_from_json(message) for message in first["messages"]][1:3] == [LOOK, SEEN]
     assert (second["rewards"], second["stop_reason"]) == ([0.0], "length")
+    assert second["messages"][-1]["content"] == "é?"
 
 
 def nested(env: gymnasium.Env[Any, Any]) -> LanguageWrapper:
