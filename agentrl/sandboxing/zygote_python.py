@@ -18,9 +18,10 @@ import signal
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 __all__ = ["become"]
 
@@ -89,7 +90,9 @@ def _run(program: _Program, argv: Sequence[str]) -> NoReturn:
     except BaseException as error:
         _report(error)
         status = 1
-    _finish(status, main)
+    remains = weakref.ref(main)
+    del main
+    _finish(status, remains)
 
 
 def _read(path: str) -> bytes | None:
@@ -154,9 +157,7 @@ def _exit_code(code: object) -> int:
 
 def _report(error: BaseException) -> None:
     """Print a traceback the way the interpreter does, without the frames below the program's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename == _OURS:
-        trace = trace.tb_next
+    trace = _trace(error)
     error.__traceback__ = trace
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, trace
     try:
@@ -165,17 +166,37 @@ def _report(error: BaseException) -> None:
         sys.__excepthook__(type(error), error, trace)
 
 
-def _finish(status: int, main: types.ModuleType) -> NoReturn:
-    """End as an interpreter does: threads joined, exit handlers called, objects dropped, output written."""
+def _trace(error: BaseException) -> types.TracebackType | None:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == _OURS:
+        trace = trace.tb_next
+    return trace
+
+
+def _finish(status: int, main: weakref.ref[types.ModuleType]) -> NoReturn:
+    """End as an interpreter does (Py_FinalizeEx), in its order.
+
+    Threads are joined, exit handlers called and the program's streams flushed. Then its module, the last
+    references to which are the interpreter's, is dropped while the first streams are back in place, so that
+    what its objects say as they go is written, too; of these last words no failure is told.
+    """
     with suppress(BaseException):
         _join_threads()
     with suppress(BaseException):
         atexit._run_exitfuncs()
-    flushed = _flush()
-    main.__dict__.clear()
-    gc.collect()
-    if not (flushed and _flush()):
+    if not _flush():
         status = _FLUSH_FAILED
+    sys.last_type = sys.last_value = sys.last_traceback = None
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, name, getattr(sys, f"__{name}__", None))
+    sys.modules.pop("__main__", None)
+    gc.collect()
+    left = main()
+    if left is not None:
+        left.__dict__.clear()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BaseException):
+            stream.flush()
     ctypes.CDLL(None).fflush(None)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
@@ -184,16 +205,26 @@ def _finish(status: int, main: types.ModuleType) -> NoReturn:
 
 
 def _flush() -> bool:
+    """Whether what the program printed is written; where not, it is told as the interpreter tells it."""
+    out, err = getattr(sys, "stdout", None), getattr(sys, "stderr", None)
     done = True
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None and not stream.closed:
-                stream.flush()
-        except BaseException as error:
-            if stream is not sys.stderr:
-                done = False
-                with suppress(BaseException):
-                    print(
-                        f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}", file=sys.stderr
-                    )
+    try:
+        if out is not None and not _is_closed(out):
+            out.flush()
+    except BaseException as error:
+        done = False
+        with suppress(BaseException):
+            print(f"Exception ignored in: {out!r}", file=sys.stderr)
+            sys.__excepthook__(type(error), error.with_traceback(_trace(error)), _trace(error))
+    try:
+        if err is not None and not _is_closed(err):
+            err.flush()
+    except BaseException:
+        done = False
     return done
+
+
+def _is_closed(stream: Any) -> bool:
+    with suppress(BaseException):
+        return bool(stream.closed)
+    return False

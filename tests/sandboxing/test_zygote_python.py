@@ -23,6 +23,47 @@ def sandbox() -> Iterator[Sandbox]:
     backend.close()
 
 
+_REPLACED = "import atexit, io, os, sys\nold = sys.stdout; sys.stdout = io.StringIO()\n"
+_WRAPPER = """
+import os, sys
+class Wrapper:
+    def __init__(self, stream): self.stream = stream
+    def write(self, text): self.stream.write(text)
+    def flush(self): self.stream.flush()
+"""
+# As in the templates of programming contests.
+_FAST_IO = """
+import os, sys
+from io import BytesIO, IOBase
+class FastIO(IOBase):
+    newlines = 0
+    def __init__(self, file):
+        self._fd = file.fileno()
+        self.buffer = BytesIO()
+        self.writable = "x" in file.mode or "r" not in file.mode
+        self.write = self.buffer.write if self.writable else None
+    def readline(self):
+        while self.newlines == 0:
+            b = os.read(self._fd, max(os.fstat(self._fd).st_size, 8192))
+            self.newlines = b.count(b"\\n") + (not b)
+            ptr = self.buffer.tell()
+            self.buffer.seek(0, 2), self.buffer.write(b), self.buffer.seek(ptr)
+        self.newlines -= 1
+        return self.buffer.readline()
+    def flush(self):
+        if self.writable:
+            os.write(self._fd, self.buffer.getvalue())
+            self.buffer.truncate(0), self.buffer.seek(0)
+class IOWrapper(IOBase):
+    def __init__(self, file):
+        self.buffer = FastIO(file)
+        self.flush = self.buffer.flush
+        self.writable = self.buffer.writable
+        self.write = lambda s: self.buffer.write(s.encode("ascii"))
+        self.readline = lambda: self.buffer.readline().decode("ascii")
+sys.stdin, sys.stdout = IOWrapper(sys.stdin), IOWrapper(sys.stdout)
+input = lambda: sys.stdin.readline().rstrip("\\r\\n")
+"""
 _LIKE_A_FRESH_ONE = {
     "print(__name__, __file__ if '__file__' in globals() else None, __spec__, __doc__)": (),
     "import sys; print(sys.argv, sys.path[0] == '')": ("-x", "é\n", "c d"),
@@ -52,6 +93,30 @@ _LIKE_A_FRESH_ONE = {
     "import sys; print('\\ud800', '\\udc80' == sys.argv[1])": ("\udc80",),
     "from __future__ import annotations\ndef f(a: nowhere): pass\nprint(f.__annotations__)": (),
     "import __main__; x = 4; print(__main__.x, vars(__main__) is globals())": (),
+    # streams of the program's own, and what is written behind them
+    _REPLACED + "@atexit.register\ndef f(): sys.__stdout__.write(sys.stdout.getvalue())\nprint(1)": (),
+    _REPLACED + "print(1); old.write(sys.stdout.getvalue() + 'end')": (),
+    _REPLACED + "print(1, file=sys.__stdout__)": (),
+    _REPLACED + "sys.stderr = sys.stdout; sys.__stderr__.write('a line\\nand no more')": (),
+    _REPLACED + "old.write('lost'); os.close(1)": (),
+    _REPLACED + "sys.stdout = sys.__stdout__ = None": (),
+    _REPLACED + "del sys.stdout, sys.__stdout__": (),
+    _REPLACED + "sys.stdout = os.fdopen(1, 'w'); print('by another file')": (),
+    _REPLACED + "sys.stdout = io.TextIOWrapper(old.buffer, 'latin-1'); print('\xe9', end='')": (),
+    _REPLACED + "sys.stdout = io.TextIOWrapper(old.detach(), 'latin-1'); print('\xe9', end='')": (),
+    _WRAPPER + "sys.stdout = Wrapper(sys.stdout); print('no attribute closed', end='')": (),
+    _WRAPPER + "def flush(self): raise ValueError('unwilling')\nWrapper.flush = flush\n"
+    "Wrapper.__repr__ = lambda self: 'Wrapper'\nsys.stdout = Wrapper(sys.stdout); print('kept')": (),
+    _WRAPPER + "Wrapper.flush = None; sys.stderr = Wrapper(sys.stderr); print('kept')": (),
+    _WRAPPER + "Wrapper.__del__ = lambda self: os.write(1, b'gone'); sys.stdout = Wrapper(sys.stdout)": (),
+    _WRAPPER
+    + "Wrapper.closed = property(lambda self: 1 / 0); sys.stdout = Wrapper(sys.stdout); print(1)": (),
+    _FAST_IO + "print(input().upper())\nprint('é' == '\\xe9')": (),
+    _FAST_IO + "print(1)\nraise ValueError": (),
+    "import os\nclass A:\n    def __del__(self): os.write(1, b'its globals are there')\na = A()": (),
+    "import __main__\nclass A:\n    def __del__(self): print('gone', A)\na = A(); b = [a]; b.append(b)": (),
+    "class A:\n    def __del__(self): print('dropped')\ndef f(): a = A(); 1 / 0\nf()": (),
+    "import sys, os\nclass A:\n    def __del__(self): print('x', end=''); os.close(1)\na = A()": (),
     "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))))": (),
 }
 
