@@ -1,7 +1,7 @@
 """Does a program pass the task's tests? 1.0 where it passes all, or the share that it passes.
 
-The program is the last fenced block of Python in the last assistant message, outside its thinking, or the
-whole message where it has no fence at all. It runs in a sandbox, and the verdict is reached outside of it
+The program is the last block fenced as Python in the last assistant message, outside its thinking, else the
+last one fenced without a language, or the whole message where it has no fence at all. It runs in a sandbox, and the verdict is reached outside of it
 (``agentrl.judge``). What a submission runs into is its own doing; where the world fails twice, SandboxLost is
 raised, and there is no score. All rewards of one configuration in a process share one judge.
 """
@@ -9,7 +9,7 @@ raised, and there is no score. All rewards of one configuration in a process sha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from agentrl.answers import truth_of, visible_text
@@ -21,7 +21,7 @@ from agentrl.types import Score
 
 __all__ = ["UnitTests", "program_in"]
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\n`]*)\n(.*?)^[ \t]*\1[ \t]*$", re.M | re.S)
+_FENCE = re.compile(r"[ \t]*(`{3,}+|~{3,}+)([^`]*)")  # a whole line that opens or closes a block
 _LANGUAGES = ("python", "python3", "py")
 
 
@@ -70,14 +70,34 @@ class UnitTests:
 def program_in(answer: str) -> str:
     """The last fenced block of Python in ``answer``, outside thinking; all of it where there is no fence.
 
-    A fence without a language counts; where only other languages are fenced, there is no program.
+    A block labelled as Python goes before those without a language; where only other languages are fenced,
+    there is no program. A fence closes what one of its kind and at most its length opened, at the end of a
+    line of code too; a last block that nothing closes runs to the end. One pass, whatever a policy writes.
     """
-    text = visible_text(answer)
+    text = visible_text(answer).replace("\r\n", "\n")
     if "```" not in text and "~~~" not in text:
         return text
-    blocks = [
-        block
-        for _, language, block in _FENCE.findall(f"{text}\n")
-        if not language.strip() or language.split()[0].lower() in _LANGUAGES
-    ]
-    return blocks[-1] if blocks else ""
+    last: dict[bool, str] = {}  # by whether the block is labelled
+    for language, block in _blocks(text):
+        if not language or language in _LANGUAGES:
+            last[bool(language)] = block
+    return last.get(True, last.get(False, ""))
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Every fenced block: its language in lower case, "" without one, and its lines."""
+    fence, language = "", ""
+    lines: list[str] = []
+    for line in text.split("\n"):
+        match = _FENCE.fullmatch(line)
+        if not fence:
+            if match:
+                fence, language, lines = match[1], "".join(match[2].split()[:1]).lower(), []
+        elif line.rstrip().endswith(fence):
+            code = line.rstrip().rstrip(fence[0])
+            yield language, "\n".join((*lines, code if code.strip() else ""))
+            fence = ""
+        else:
+            lines.append(line)
+    if fence and any(line.strip() for line in lines):
+        yield language, "\n".join(lines)

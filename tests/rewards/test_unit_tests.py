@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -27,13 +28,29 @@ _PROBLEM = Problem(
         ("```\nbare\n```", "bare\n"),
         ("```py\ncode\n```\n```text\noutput\n```", "code\n"),
         ("```rust\nfn main() {}\n```", ""),
-        ("```python\nnever closed", ""),
+        ("```python\nnever closed", "never closed"),
+        ("```python\ncode\n```\nOutput:\n```\n1\n```", "code\n"),
+        ("```\nbare\n```\n```", "bare\n"),
+        ("```python\r\na\r\nb\r\n```\r\n", "a\nb\n"),
+        ("```python\nreturn 1```", "return 1"),
+        ("~~~python\n```\n~~~", "```\n"),
+        ("```python\n'```'\n```", "'```'\n"),
         ("<think>```python\nno\n```</think>\n```python\nyes\n```", "yes\n"),
         ("````python\n'''\n```\n'''\n````", "'''\n```\n'''\n"),
     ],
 )
 def test_the_program_is_the_last_fenced_python(answer: str, program: str) -> None:
     assert program_in(answer) == program
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["\n".join("~" * 300 + f" x{line}" for line in range(300)), "~" * 64_000 + "`", "```\n" * 20_000],
+)
+def test_finding_the_program_takes_one_pass(hostile: str) -> None:
+    began = time.perf_counter()
+    program_in(hostile)
+    assert time.perf_counter() - began < 0.5
 
 
 def _score(answer: str, **settings: Any) -> Score:
