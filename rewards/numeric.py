@@ -1,7 +1,7 @@
 r"""A number against a number, exactly or under a tolerance.
 
 1.0 where the answer's number is the truth's, else 0.0. Numbers are integers, decimals, ``1,234``, ``2.5e3``,
-``-3/4`` and ``\frac{3}{4}``, with an optional dollar sign; they are compared as exact fractions and nothing
+``-3/4``, ``\frac{3}{4}`` and ``1\frac{3}{4}`` (7/4), with an optional dollar sign; they are compared as exact fractions and nothing
 is evaluated. Units, per cent signs and arithmetic are not numbers: for those there is ``boxed``.
 """
 
@@ -29,7 +29,13 @@ _DECIMAL = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]*)?|\.[0-9
 # A minus after a digit, a letter or a bracket subtracts: in "5-3" the last number is 3.
 _NUMBER = re.compile(rf"((?<![0-9A-Za-z)])[+-])?(?:\$\s*)?({_DECIMAL})(?:\s*/\s*({_DECIMAL}))?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_LATEX_SPACING = re.compile(r"\\[,;:! ]|~")
+_SPACING = r"(?:\\[,;:! ]|~)"  # LaTeX's
+_THOUSANDS = re.compile(rf"(?<![0-9.,])[0-9]{{1,3}}(?:{_SPACING}+[0-9]{{3}})+(?![0-9])")
+_BETWEEN_DIGITS = re.compile(rf"(?<=[0-9]){_SPACING}+(?=[0-9.])")
+_LATEX_SPACING = re.compile(_SPACING)
+_MIXED = re.compile(
+    rf"(?<![0-9.,])([0-9]{{1,40}})(?:{_SPACING}|\s)*+\\[dt]?frac\s*\{{([0-9]{{1,40}})\}}\s*\{{([0-9]{{1,40}})\}}"
+)
 
 
 class Numeric:
@@ -78,8 +84,23 @@ def parse_number(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     """LaTeX's ways to write a number, and the typographic minus, as ASCII."""
-    text = _LATEX_FRACTION.sub(r"\1/\2", text).replace("\\$", "$").replace("{,}", ",")
-    return _LATEX_SPACING.sub("", text).replace("\N{MINUS SIGN}", "-")
+    text = _MIXED.sub(_improper, text)
+    text = _LATEX_FRACTION.sub(_with_slash, text).replace("\\$", "$").replace("{,}", ",")
+    text = _THOUSANDS.sub(lambda match: _LATEX_SPACING.sub("", match[0]), text)
+    text = _LATEX_SPACING.sub("", _BETWEEN_DIGITS.sub(" ", text))
+    return text.replace("\N{MINUS SIGN}", "-")
+
+
+def _improper(mixed: re.Match[str]) -> str:
+    r"""``1\frac{3}{4}`` as 7/4; as it was where the fraction isn't below one, for that is no mixed number."""
+    whole, numerator, denominator = map(int, mixed.groups())
+    return f"{whole * denominator + numerator}/{denominator}" if numerator < denominator else mixed[0]
+
+
+def _with_slash(fraction: re.Match[str]) -> str:
+    """A space goes in front where a digit stands there: 1 and 1/2 are not 11/2."""
+    before = fraction.string[max(fraction.start() - 1, 0) : fraction.start()]
+    return f"{' ' * before.isdigit()}{fraction[1]}/{fraction[2]}"
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
