@@ -52,8 +52,8 @@ _ANY_ORDER = frozenset(
 )
 # The answer of find_zero is any root: the value there must be small.
 _FIND_ZERO = (
-    "import math\nxs = {inputs}\n"
-    "assert abs(sum(c * math.pow(candidate(xs), i) for i, c in enumerate(xs))) <= {atol}"
+    "import math\nxs = {inputs}\nx = candidate(xs)\n"
+    "assert abs(sum(c * math.pow(x, i) for i, c in enumerate(xs))) <= {atol}"
 )
 
 
