@@ -6,10 +6,12 @@ that was expected, made here or in the tests' own sandbox. Expected values and t
 a solution's sandbox, except for tests marked ``trust="shared"``, whose Judgement says so: there a solution
 that means to can make up its verdict.
 
-Limits bound one run: all function tests of a submission together, each program of an IOTest by itself.
-CPU time counts first; the wall clock is a guard, and time spent waiting for a core or a sandbox counts for
-nothing. A limit that is hit inside is the submission's own doing. What the world does (SandboxLost) is tried
-once more in fresh sandboxes and then raised; it is also the world where a known-good program fails.
+Limits bound one run: all function tests of a submission together, each program of an IOTest and each test of
+a workspace by itself. Only the wall clock is one for all of a submission's runs, so that what waits in every
+test goes over its own limit and not over its caller's deadline. CPU time counts first; the wall clock is a
+guard, and time spent waiting for a core or a sandbox counts for nothing. A limit that is hit inside is the
+submission's own doing. What the world does (SandboxLost) is tried once more in fresh sandboxes and then
+raised; it is also the world where a known-good program fails.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Judge:
 
     ``sandbox``: a backend's name, "auto" for the strongest that this host can enforce, or a backend, which
     stays its owner's to close. ``at_once``: submissions judged at a time; None: one per core, counted over
-    all such judges of the process. Raises BadConfig where the backend can't enforce ``limits`` here.
+    all such judges of the process. ``limits``: of each run, ``wall_s`` of all those of a submission. Raises
+    BadConfig where the backend can't enforce them here.
     """
 
     def __init__(

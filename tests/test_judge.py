@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from agentrl.errors import BadConfig, BadData
+from agentrl.evalplus import plus_problem
 from agentrl.judge import (
     AssertTest,
     CallTest,
@@ -241,6 +242,111 @@ def test_a_problem_survives_json(problem: Problem) -> None:
     assert problem_from_json(problem_to_json(problem)) == problem
     with pytest.raises(BadData, match="no problem in JSON"):
         problem_from_json({"tests": [{"kind": "riddle"}]})
+
+
+# -- programs --
+
+
+_ECHO = Problem(
+    tests=tuple(IOTest(id=str(n), stdin=f"{n}\n", stdout=f"{n}\n", visible=n == 1) for n in (1, 2, 3))
+)
+
+
+def test_waiting_in_every_test_is_over_the_one_wall_clock() -> None:
+    hurried = Judge(make_sandbox("process"), limits=Limits(**{**_fields(_TRUSTED), "wall_s": 4}))
+    sleepy = "import time\ntime.sleep(3)\nprint(input())"
+    verdict = hurried.judge(sleepy, _ECHO, stop_early=False)
+    assert (verdict.verdict, verdict.fault) == ("TLE", "policy")
+    assert [(outcome.verdict, outcome.ran) for outcome in verdict.outcomes] == [
+        ("AC", True),
+        ("TLE", True),
+        ("TLE", False),
+    ]
+
+
+def test_nothing_that_a_program_leaves_in_one_test_reaches_the_next(judge: Judge) -> None:
+    counting = """
+import os
+number = len(os.listdir("."))
+open(f"seen-{number}", "w").write(input())
+print(number)
+"""
+    verdict = judge.judge(counting, _ECHO, stop_early=False)
+    assert verdict.passed == ("1",)
+
+
+@pytest.mark.parametrize("error", ["SyntaxError", "IndentationError: x", "ValueError: x"])
+def test_a_program_can_not_claim_to_be_no_python_and_tells_nothing_of_a_hidden_input(
+    judge: Judge, error: str
+) -> None:
+    solution = f"import sys\nsys.stderr.write(sys.stdin.read() + '\\n{error}')\nsys.exit(1)"
+    problem = Problem(tests=(IOTest(id="hidden", stdin="secret input", stdout="1"),))
+    verdict = judge.judge(solution, problem)
+    assert (verdict.verdict, verdict.compiled, verdict.note) == ("RE", True, "a hidden test failed")
+
+
+def test_a_setup_stands_before_a_program_that_begins_with_future_imports(judge: Judge) -> None:
+    tests = (IOTest(id="one", stdin="1\n", stdout="2\n"),)
+    problem = Problem(setup="from math import floor\n", tests=tests)
+    begun = '"""A program."""\nfrom __future__ import annotations\n'
+    body = "def f(x: Unknown) -> int:\n    return floor(x) + 1\nprint(f(int(input())))"
+    assert judge.judge(begun + body, problem).verdict == "AC"
+    verdict = judge.judge(begun + "def f(x) return x", problem)
+    assert (verdict.verdict, verdict.compiled) == ("CE", False)
+
+
+# -- what a solution can't steer --
+
+
+@pytest.mark.parametrize(
+    "value", ["eval('[' * 50 + ']' * 50)", "[0] * 2_000_000", "nested(99)", "nested(100)", "nested(98)"]
+)
+def test_plain_data_that_a_test_can_not_hand_back_is_a_wrong_answer(judge: Judge, value: str) -> None:
+    nested = "def nested(n):\n    d = []\n    for _ in range(n):\n        d = [d]\n    return d\n"
+    code = "assert candidate(candidate([1, 2])) == [1, 2]"
+    problem = Problem(entry_point="f", tests=(AssertTest(id="a", code=code),))
+    verdict = judge.judge(f"{nested}def f(x):\n    return {value}", problem)
+    assert (verdict.verdict, verdict.fault) == ("WA", "policy")
+
+
+def test_a_solution_beside_its_tests_can_not_blame_them(judge: Judge) -> None:
+    blaming = """
+import sys
+def f(x):
+    frame = sys._getframe()
+    while "nonce" not in frame.f_locals:
+        frame = frame.f_back
+    said = frame.f_locals
+    said["send"](["done", said["number"], "objects", "function", said["nonce"]])
+"""
+    shared = AssertTest(id="a", code="assert f(lambda: 1) == 1", trust="shared")
+    verdict = judge.judge(blaming, Problem(entry_point="f", tests=(shared,)))
+    assert (verdict.verdict, verdict.fault) == ("WA", "policy")
+
+
+@pytest.mark.parametrize("problem", [_CALLS, _ASSERTS, _PROGRAM], ids=["calls", "asserts", "program"])
+@pytest.mark.parametrize(
+    "text", ["raise ValueError('\\ud800')", "def f(x):\n    raise ValueError('\\ud800')"]
+)
+def test_every_note_can_be_written(judge: Judge, problem: Problem, text: str) -> None:
+    verdict = judge.judge(text, problem)
+    assert not verdict.passed
+    for note in (verdict.note, *(outcome.note for outcome in verdict.outcomes)):
+        note.encode()
+
+
+def test_a_root_is_asked_for_once(judge: Judge) -> None:
+    row = {
+        "entry_point": "find_zero",
+        "base_input": [[[1, 2]]],
+        "plus_input": [],
+        "atol": 0,
+        "task_id": "h/32",
+    }
+    problem = plus_problem(row, "row 1", open_sandbox=make_sandbox("process").open)
+    assert judge.judge("def find_zero(xs):\n    return -xs[0] / xs[1]", problem).verdict == "AC"
+    stateful = "calls = []\ndef find_zero(xs):\n    calls.append(1)\n    return -len(calls) / 4"
+    assert judge.judge(stateful, problem).verdict == "WA"
 
 
 # -- many at once --

@@ -5,8 +5,8 @@ Messages are frames of ``agentrl.judging.plain``. The judge sends ``["load", set
 each call of the stub is ``["call", args, kwargs]``, answered with ``["value", tree, ...]``,
 ``["raised", name, text]`` or ``["unplain", name]``. A test ends with ``["done", number, outcome, text]``, its
 outcome one of passed, failed (an assertion), raised (something else), theirs (what the solution raised),
-unplain (the solution returned something else than plain data) and objects (the test hands the solution
-something else than plain data).
+unplain (the solution returned something else than plain data, or so much of it that the test can't hand it
+back) and objects (the test hands the solution something else than plain data).
 
 Standard library only and Python 3.8: it is sent as source.
 """
@@ -18,7 +18,7 @@ import sys
 import types
 from typing import Any
 
-from agentrl.judging.plain import NotPlain, decode, encode
+from agentrl.judging.plain import NotPlain, TooMuch, decode, encode
 from agentrl.judging.solution_process import Pipes, claim_pipes, load, text_of
 
 __all__ = ["serve", "serve_shared"]
@@ -47,6 +47,9 @@ class _Stub:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
             call = ["call", encode(list(args)), encode(kwargs)]
+        except TooMuch as error:  # what the solution returned may be in it
+            self.fatal = "unplain"
+            raise _Unplain(error.name) from None
         except NotPlain as error:
             self.fatal = "objects"
             raise _Objects(error.name) from None

@@ -23,6 +23,7 @@ __all__ = [
     "MOST_DEPTH",
     "MOST_NODES",
     "NotPlain",
+    "TooMuch",
     "decode",
     "encode",
     "frame",
@@ -42,6 +43,10 @@ class NotPlain(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
+
+
+class TooMuch(NotPlain):
+    """Plain data, but more of it than may cross at once."""
 
 
 _DICTS = (Counter, defaultdict, OrderedDict)  # equal to the dict of their items
@@ -70,7 +75,7 @@ def _encode(value: Any, depth: int, left: list[int]) -> Any:
         raise NotPlain(kind.__name__)
     left[0] -= len(value)
     if depth == 0 or left[0] < 0:
-        raise NotPlain("something nested too deeply" if depth == 0 else "something too large")
+        raise TooMuch("something nested too deeply" if depth == 0 else "something too large")
     if kind is dict:
         return {
             "dict": [

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agentrl.judging.verdicts import AssertTest, Judgement, Problem, Test, TestOutcome, Trust, Verdict
 from agentrl.sandbox import ExecResult, Limits, Sandbox, SandboxLost
 
-__all__ = ["MOST_NOTE", "Record", "how_it_ended", "is_over_cpu", "signs_in", "verdict_of"]
+__all__ = ["Record", "how_it_ended", "is_over_cpu", "signs_in", "verdict_of"]
 
-MOST_NOTE = 400  # characters of a note
+_MOST_NOTE = 400  # characters of a note
+_LEAST_S = 0.001  # of a run: no limit may be nothing
 _VERDICTS: Mapping[str, Verdict] = {"cpu": "TLE", "wall": "TLE", "memory": "MLE", "output": "OLE"}
 # Telemetry: what a submission printed, and what stands in it, that no honest one needs.
 _MARKERS = re.compile(
@@ -50,7 +51,7 @@ class Record:
     def enter(self, test: Test, verdict: Verdict, note: str = "", *, ran: bool = True) -> None:
         """Write an outcome down; the note only where the policy may see the test."""
         self.has_failed |= verdict != "AC"
-        shown = note[:MOST_NOTE] if test.visible else ""
+        shown = _writable(note) if test.visible else ""
         self.outcomes[test.id] = TestOutcome(
             id=test.id, verdict=verdict, visible=test.visible, note=shown, ran=ran
         )
@@ -59,6 +60,21 @@ class Record:
     def is_over(self) -> bool:
         """Whether nothing more need be run."""
         return self.stop_early and self.has_failed
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the submission's runs have used up its wall clock."""
+        return self.limits.wall_s is not None and self._ran_s >= self.limits.wall_s
+
+    def left(self) -> Limits:
+        """The limits of the submission's next run: one wall clock is over all of its runs."""
+        if self.limits.wall_s is None or not self.results:
+            return self.limits
+        return replace(self.limits, wall_s=max(self.limits.wall_s - self._ran_s, _LEAST_S))
+
+    @property
+    def _ran_s(self) -> float:
+        return sum(result.wall_ms for result in self.results) / 1000
 
     def add(self, result: ExecResult) -> ExecResult:
         """Count a run of the solution. Raises SandboxLost where the world ended it."""
@@ -101,7 +117,7 @@ class Record:
         verdict: Verdict = "CE" if kind == "syntax" else "RE"
         self.compiled = self.compiled and kind != "syntax"
         text = ": ".join(str(part) for part in said if type(part) is str)
-        self.note = f"no function named {self.problem.entry_point}" if kind == "missing" else text[:MOST_NOTE]
+        self.note = _writable(f"no function named {self.problem.entry_point}" if kind == "missing" else text)
         if kind == "raised" and said[:1] == ["SystemExit"]:
             self.flags.add("exit_early")
         for test in tests:
@@ -131,6 +147,11 @@ class Record:
             peak_bytes=max((result.peak_bytes for result in self.results), default=0),
             note=note or ("a hidden test failed" if failed else ""),
         )
+
+
+def _writable(note: str) -> str:
+    """As much of ``note`` as is kept, without what no file takes: lone surrogates."""
+    return note[:_MOST_NOTE].encode("utf-8", "replace").decode()
 
 
 # -- what a run means --

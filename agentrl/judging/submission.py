@@ -18,7 +18,7 @@ from agentrl.errors import BadConfig, BadData
 from agentrl.judging.comparing import Garbled, check_tree, is_equal, same_output, show
 from agentrl.judging.line import Line, python
 from agentrl.judging.plain import encode, frame
-from agentrl.judging.record import MOST_NOTE, Record, how_it_ended, is_over_cpu, verdict_of
+from agentrl.judging.record import Record, how_it_ended, is_over_cpu, verdict_of
 from agentrl.judging.verdicts import AssertTest, CallTest, IOTest, Judgement, Problem, Test, Verdict
 from agentrl.sandbox import Channel, ExecResult, Gone, Limits, Sandbox, SandboxLost
 
@@ -57,7 +57,7 @@ def _kind(test: Test) -> str:
 def _run_calls(record: Record, tests: Sequence[CallTest]) -> None:
     talk = _Calls(record, tests)
     with closing(record.open(record.limits)) as sandbox:
-        result = record.add(sandbox.run(python("solution_process"), stdin=talk))
+        result = record.add(sandbox.run(python("solution_process"), stdin=talk, limits=record.left()))
     record.settle(tests, result, garbled=talk.garbled)
 
 
@@ -187,7 +187,9 @@ class _Relay:
             if (loaded := tester.receive()) != ["ready"]:
                 raise BadData(f"the setup of a problem fails by itself, with {loaded[1:]}: correct it")
             self.result = self.solver.run(
-                python("solution_process"), stdin=lambda channel: self._with_both(Line(channel), tester)
+                python("solution_process"),
+                stdin=lambda channel: self._with_both(Line(channel), tester),
+                limits=self._record.left(),
             )
         except _TesterGone:
             self.tester_ended = True
@@ -218,7 +220,7 @@ class _Relay:
 def _asserted(record: Record, test: AssertTest, outcome: str, text: str) -> tuple[Verdict, str]:
     if outcome == "passed":
         return "AC", ""
-    if outcome == "objects":
+    if outcome == "objects" and test.trust == "remote":  # else the solution may have said it
         raise BadData(
             f"test {test.id!r} hands the solution a {text}, no plain data: mark it trust='shared', "
             "or write it with plain data"
@@ -253,7 +255,8 @@ def _run_shared(record: Record, tests: Sequence[AssertTest]) -> None:
             garbled = True
 
     with closing(record.open(record.limits)) as sandbox:
-        result = record.add(sandbox.run(python("assertion_process", function="serve_shared"), stdin=talk))
+        command = python("assertion_process", function="serve_shared")
+        result = record.add(sandbox.run(command, stdin=talk, limits=record.left()))
     record.settle(tests, result, garbled=garbled)
 
 
@@ -261,32 +264,57 @@ def _run_shared(record: Record, tests: Sequence[AssertTest]) -> None:
 
 
 def _run_programs(record: Record, tests: Sequence[IOTest]) -> None:
-    source = f"{record.problem.setup}\n{record.solution}" if record.problem.setup else record.solution
-    files = {"solution.py": source.encode(errors="surrogatepass")}
     kept = None if record.limits.output_kib is None else record.limits.output_kib << 10
-    with closing(record.open(record.limits)) as sandbox:
-        for test in tests:
-            if kept is not None and len(test.stdout) > kept:
-                raise BadConfig(
-                    f"test {test.id!r} expects {len(test.stdout)} characters, and {kept} bytes of an "
-                    "output are kept: raise output_kib"
-                )
-            result = record.add(
-                sandbox.run(
-                    ["python3", "solution.py"], stdin=test.stdin.encode(errors="surrogatepass"), files=files
-                )
+    for test in tests:
+        if kept is not None and len(test.stdout) > kept:
+            raise BadConfig(
+                f"test {test.id!r} expects {len(test.stdout)} characters, and {kept} bytes of an "
+                "output are kept: raise output_kib"
             )
-            record.enter(test, *_program_verdict(record, test, result))
-            if record.is_over or not record.compiled:
-                return
+        if record.is_late:
+            record.enter(test, "TLE", ran=False)
+            continue
+        result = _run(record, _WITH_SETUP if record.problem.setup else _PROGRAM, test.stdin)
+        if _may_be_no_python(result) and (wrong := _said_by_the_compiler(record)):
+            record.refuse(["syntax", wrong], tests)
+            return
+        record.enter(test, *_program_verdict(record, test, result))
+        if record.is_over:
+            return
+
+
+# With a setup, which stands before the program: not in its text, since that may begin with future imports.
+_PROGRAM = ("python3", "solution.py")
+_WITH_SETUP = (
+    "python3",
+    "-c",
+    "for file in 'setup.py', 'solution.py':\n"
+    "    exec(compile(open(file, 'rb').read(), file, 'exec', dont_inherit=True))",
+)
+_COMPILE = (
+    "python3",
+    "-I",
+    "-c",
+    "import sys\ntry:\n    compile(open('solution.py', 'rb').read(), 'solution.py', 'exec', dont_inherit=True)\n"
+    "except (SyntaxError, ValueError, OverflowError) as error:\n"
+    "    sys.stdout.buffer.write((str(error) or 'no Python').encode(errors='replace'))",
+)
+
+
+def _run(record: Record, command: Sequence[str], stdin: str = "") -> ExecResult:
+    """Run in a session of its own: what a program leaves in its folder must not reach the next test."""
+    texts = {"setup.py": record.problem.setup, "solution.py": record.solution}
+    files = {name: text.encode(errors="surrogatepass") for name, text in texts.items()}
+    with closing(record.open(record.limits)) as sandbox:
+        return record.add(
+            sandbox.run(
+                command, stdin=stdin.encode(errors="surrogatepass"), files=files, limits=record.left()
+            )
+        )
 
 
 def _program_verdict(record: Record, test: IOTest, result: ExecResult) -> tuple[Verdict, str]:
     if result.status != "ok" or is_over_cpu(result, record.limits):
-        if _is_syntax_error(result):
-            record.compiled = False
-            record.note = result.stderr[-MOST_NOTE:].decode(errors="replace").strip()
-            return "CE", record.note
         verdict = verdict_of(result, record.limits)
         return verdict, how_it_ended(result, verdict)
     if result.truncated and len(result.stdout) >= (record.limits.output_kib or 0) << 10:
@@ -297,14 +325,18 @@ def _program_verdict(record: Record, test: IOTest, result: ExecResult) -> tuple[
     return "WA", f"for the input {test.stdin[:100]!r} it printed {printed!r}, expected {test.stdout[:100]!r}"
 
 
-def _is_syntax_error(result: ExecResult) -> bool:
+def _may_be_no_python(result: ExecResult) -> bool:
     last = result.stderr.rstrip().rpartition(b"\n")[2]
-    return (
-        result.exit_code == 1
-        and not result.stdout
-        and b"Traceback (" not in result.stderr
-        and last.startswith((b"SyntaxError", b"IndentationError", b"TabError"))
-    )
+    return result.exit_code == 1 and last.startswith(_NO_PYTHON)
+
+
+_NO_PYTHON = (b"SyntaxError", b"IndentationError", b"TabError", b"ValueError", b"OverflowError")
+
+
+def _said_by_the_compiler(record: Record) -> str:
+    """Why the program does not compile; "": it does. Any program can print that of itself, and its input."""
+    result = _run(record, _COMPILE)
+    return result.stdout.decode(errors="replace") if result.status == "ok" else ""
 
 
 _RUNS: Mapping[str, Callable[..., None]] = {
