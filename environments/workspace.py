@@ -49,7 +49,7 @@ class Workspace(SessionEnv):
         "a copied tool result": "the files that were left are judged, whatever is said last"
     }
     max_turns = 16
-    session_limits: ClassVar[Limits] = Limits(cpu_s=10.0, wall_s=20.0, disk_mib=32)
+    session_limits: ClassVar[Limits] = Limits(cpu_s=10.0, wall_s=40.0, disk_mib=32)
     seconds = 20.0
 
     def __init__(

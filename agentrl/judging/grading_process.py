@@ -8,10 +8,11 @@ the runner below does: functions ``test_*`` without fixtures but ``tmp_path``, m
 
 Test and solution share a process by nature, so that a solution which means to can make its test pass. What
 is in its way: that process is forked off one that keeps the judge's pipes and that it can't trace or open;
-its verdict needs a number that it was not told, exactly once; the modules of the workspace come last on the
-path, so that they shadow nothing; ours, unittest's and pytest's are imported before any of theirs; functions
-are run only where their code is what was compiled from the hidden file; unittest's classes are restored
-before they are used. Standard library only and Python 3.8: it is sent as source.
+its verdict needs a number that no variable or object holds while a test runs, exactly once; the modules of
+the workspace come last on the path, so that they shadow nothing; ours, unittest's and pytest's are imported
+before any of theirs; functions are run only where their code is what was compiled from the hidden file;
+unittest's classes are restored before they are used. Standard library only and Python 3.8: it is sent as
+source.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ __all__ = ["serve"]
 
 _MOST_TEXT = 2_000  # characters of what a failed test said
 _MOST_TOLD = 1 << 16  # bytes
+_DESCRIPTOR, _NONCE = 4, 16  # bytes of what a child is to say its verdict with
 _LOOK_S = 0.01  # between two looks whether a child has ended
 _PR_SET_DUMPABLE = 4  # 0: no process of the same user may trace this one or open its files
 
@@ -49,22 +51,33 @@ def serve() -> None:
     if lacking := _lacking(*node.split("::")):
         pipes.send(["unsupported", lacking])
         return
-    nonce = os.urandom(16)
+    nonce = os.urandom(_NONCE)
     heard, said = os.pipe()
+    place = _hidden(said.to_bytes(_DESCRIPTOR, "big") + nonce)
     pid = os.fork()
     if pid == 0:
         os.close(heard)
         pipes.close()
-        _child(node, nonce, said)
+        del nonce, said, heard  # frames below a test's are in its reach
+        _child(node, place)
     os.close(said)
     pipes.send(["forked"])
     _, theirs = pipes.receive()  # not in the child's memory
     told = _told(heard, pid)
-    if told[:16] != nonce or told.count(nonce) != 1:
+    if told[:_NONCE] != nonce or told.count(nonce) != 1:
         outcome, text = "silent", ""
     else:
-        outcome, _, text = told[16:].decode("utf-8", "replace").partition(":")
+        outcome, _, text = told[_NONCE:].decode("utf-8", "replace").partition(":")
     pipes.send(["done", outcome, text, theirs])
+
+
+def _hidden(data: bytes) -> int:
+    """Where ``data`` lies from now on: in no object, so that neither frames nor the collector lead to it."""
+    malloc = ctypes.CDLL(None).malloc
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    place = int(malloc(len(data)))
+    ctypes.memmove(place, data, len(data))
+    return place
 
 
 def _lacking(path: str, *names: str) -> str:
@@ -94,8 +107,8 @@ def _told(descriptor: int, pid: int) -> bytes:
         ended = ended or os.waitpid(pid, os.WNOHANG)[0] == pid
 
 
-def _child(node: str, nonce: bytes, said: int) -> None:
-    write, leave = os.write, os._exit
+def _child(node: str, place: int) -> None:
+    write, leave, recall = os.write, os._exit, ctypes.string_at
     path, *names = node.split("::")
     sys.dont_write_bytecode = True
     sys.pycache_prefix = tempfile.mkdtemp()  # a planted .pyc is not looked for there
@@ -107,7 +120,11 @@ def _child(node: str, nonce: bytes, said: int) -> None:
         told = "passed:" if run(path, names, originals) else "failed:"
     except BaseException as error:
         told = f"failed:{type(error).__name__}: {_said(error)}"
-    write(said, nonce + told[:_MOST_TEXT].encode("utf-8", "replace"))
+    hidden = recall(place, _DESCRIPTOR + _NONCE)
+    write(
+        int.from_bytes(hidden[:_DESCRIPTOR], "big"),
+        hidden[_DESCRIPTOR:] + told[:_MOST_TEXT].encode("utf-8", "replace"),
+    )
     leave(0)
 
 

@@ -3,7 +3,8 @@
 The agent's own sandbox must be dead by then, and only its regular files come here. Each hidden test file gets
 a fresh session, each of its tests a run of its own there, with the hidden files written anew: nothing that a
 test's process leaves running or changes in them reaches the next. Files that hook into Python or pytest are
-left out of the workspace and flagged. Test and solution share a process, which the Judgement says.
+left out of the workspace and flagged, as is what stands in a file that no honest one needs. Test and solution
+share a process, which the Judgement says.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def judge_workspace_once(
     placed, hooks = _placed(files, tests)
     expected = tuple(AssertTest(id=node, code="", trust="shared") for node in tests.expected)
     problem = Problem(tests=expected, entry_point="workspace")
-    record = Record("", problem, open_sandbox, limits, stop_early=False)
+    texts = [data.decode(errors="replace") for data in files.values()]
+    record = Record("\n".join(texts), problem, open_sandbox, limits, stop_early=False)
     record.flags |= {"hooks"} if hooks else set()
     by_file: dict[str, list[AssertTest]] = {}
     for test in expected:
@@ -71,6 +73,9 @@ def _lies_under(path: PurePosixPath, hidden: set[PurePosixPath]) -> bool:
 
 
 def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[str, bytes]) -> None:
+    if record.is_late:
+        record.enter(test, "TLE", ran=False)
+        return
     outcome, garbled = "", False
 
     def talk(channel: Channel) -> None:
@@ -80,7 +85,9 @@ def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[s
         except Garbled:
             garbled = True
 
-    result = record.add(sandbox.run(python("grading_process"), stdin=talk, files=dict(hidden)))
+    result = record.add(
+        sandbox.run(python("grading_process"), stdin=talk, files=dict(hidden), limits=record.left())
+    )
     if outcome and not is_over_cpu(result, record.limits):
         record.flags |= {"exit_early"} if outcome == "silent" else set()
         record.enter(test, "AC" if outcome == "passed" else "RE" if outcome == "silent" else "WA")

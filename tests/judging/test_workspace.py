@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -97,6 +98,41 @@ _WRONG = b"def total(prices):\n    return -1\n"
 def test_what_works_on_test_runners_does_not_work_here(judge: Judge, attack: bytes) -> None:
     verdict = _judged(judge, attack)
     assert (verdict.passed, verdict.fault) == ((), "policy")
+
+
+_SPY = b"""
+import gc, os, sys
+frame, known = sys._getframe(), []
+while frame:
+    known += frame.f_locals.values()
+    frame = frame.f_back
+known += [inner for thing in gc.get_objects() if type(thing) in (list, tuple) for inner in thing]
+known += [inner for thing in gc.get_objects() if type(thing) is dict for inner in list(thing.values())]
+for thing in known:
+    if type(thing) is bytes and len(thing) == 16:
+        for number in range(3, 64):
+            try:
+                os.write(number, thing + b"passed:")
+            except OSError:
+                pass
+        os._exit(0)
+"""
+
+
+def test_what_a_verdict_is_said_with_lies_in_no_frame_and_no_object_and_spies_are_flagged(
+    judge: Judge,
+) -> None:
+    verdict = _judged(judge, _SPY + _WRONG)
+    assert (verdict.passed, verdict.fault) == ((), "policy")
+    assert "frames" in verdict.flags
+
+
+def test_waiting_in_every_hidden_test_is_over_the_one_wall_clock() -> None:
+    limits = replace(_TRUSTED, wall_s=4)
+    sleepy = b"import time\ndef total(prices):\n    time.sleep(3)\n    return sum(prices)\n"
+    verdict = _judged(Judge(make_sandbox("process"), limits=limits), sleepy)
+    assert [outcome.verdict for outcome in verdict.outcomes] == ["AC", "TLE", "TLE"]
+    assert [outcome.ran for outcome in verdict.outcomes] == [True, True, False]
 
 
 @pytest.mark.parametrize(
