@@ -275,7 +275,7 @@ def _run_programs(record: Record, tests: Sequence[IOTest]) -> None:
             record.enter(test, "TLE", ran=False)
             continue
         result = _run(record, _WITH_SETUP if record.problem.setup else _PROGRAM, test.stdin)
-        if _may_be_no_python(result) and (wrong := _said_by_the_compiler(record)):
+        if test is tests[0] and _may_be_no_python(result) and (wrong := _said_by_the_compiler(record)):
             record.refuse(["syntax", wrong], tests)
             return
         record.enter(test, *_program_verdict(record, test, result))
@@ -295,7 +295,8 @@ _COMPILE = (
     "python3",
     "-I",
     "-c",
-    "import sys\ntry:\n    compile(open('solution.py', 'rb').read(), 'solution.py', 'exec', dont_inherit=True)\n"
+    "import sys\n"
+    "try:\n    compile(open('solution.py', 'rb').read(), 'solution.py', 'exec', dont_inherit=True)\n"
     "except (SyntaxError, ValueError, OverflowError) as error:\n"
     "    sys.stdout.buffer.write((str(error) or 'no Python').encode(errors='replace'))",
 )
@@ -303,7 +304,9 @@ _COMPILE = (
 
 def _run(record: Record, command: Sequence[str], stdin: str = "") -> ExecResult:
     """Run in a session of its own: what a program leaves in its folder must not reach the next test."""
-    texts = {"setup.py": record.problem.setup, "solution.py": record.solution}
+    texts = {"solution.py": record.solution}
+    if record.problem.setup:
+        texts["setup.py"] = record.problem.setup
     files = {name: text.encode(errors="surrogatepass") for name, text in texts.items()}
     with closing(record.open(record.limits)) as sandbox:
         return record.add(
