@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Self
 
 from agentrl.errors import BadConfig
-from agentrl.faults import healed
+from agentrl.faults import healed, in_line
 from agentrl.judging.submission import judge_once
 from agentrl.judging.verdicts import (
     AssertTest,
@@ -196,11 +196,10 @@ _PROBE = Problem(entry_point="double", tests=(CallTest(id="probe", args=(21,), e
 def _place(places: threading.Semaphore, *, until: float | None) -> Iterator[float]:
     """One of the places while it is entered, and the seconds that it took to get one."""
     asked = time.monotonic()
-    in_time = until is None or (until > asked and places.acquire(timeout=until - asked))
-    if not in_time:
-        raise SandboxLost("no turn before the deadline of its group: ask for fewer, or give it longer")
-    if until is None:
-        places.acquire()
+    with in_line():
+        in_time = until is None or until > asked
+        if not (in_time and places.acquire(timeout=None if until is None else until - asked)):
+            raise SandboxLost("no turn before the deadline of its group: ask for fewer, or give it longer")
     try:
         yield time.monotonic() - asked
     finally:

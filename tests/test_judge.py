@@ -10,6 +10,7 @@ import pytest
 
 from agentrl.errors import BadConfig, BadData
 from agentrl.evalplus import plus_problem
+from agentrl.faults import Ledger, in_line_s
 from agentrl.judge import (
     AssertTest,
     CallTest,
@@ -392,17 +393,20 @@ def test_a_world_without_python_is_no_verdict() -> None:
         Judge(_Counting(command="no-such-python"), limits=_TRUSTED).judge(_INCREMENT, _CALLS)
 
 
-def test_waiting_counts_as_waiting() -> None:
+def test_waiting_counts_as_waiting_in_line() -> None:
     judge = Judge(_Counting(), limits=_TRUSTED, at_once=1)
     slow = threading.Thread(
         target=judge.judge, args=("import time\ndef f(x):\n    time.sleep(0.5)\n    return x + 1", _CALLS)
     )
     slow.start()
     time.sleep(0.2)
-    verdict = judge.judge(_INCREMENT, _CALLS)
+    with Ledger().opened():
+        verdict = judge.judge(_INCREMENT, _CALLS)
+        waited_s = in_line_s()
     slow.join()
     assert verdict.verdict == "AC"
     assert verdict.queue_ms > 500
+    assert 0 < waited_s <= verdict.queue_ms / 1000
 
 
 def test_a_configuration_has_one_judge() -> None:
