@@ -1,4 +1,4 @@
-"""Reading and writing in a folder whose contents somebody hostile has arranged.
+"""Reading, writing and removing in a folder whose contents somebody hostile has arranged.
 
 No link is followed, on no part of the way; only regular files are read, up to a size. Each folder is opened
 in turn without following links, so that swapping one for a link in between changes nothing.
@@ -13,11 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from agentrl.sandbox import check_path
+from agentrl.sandbox import SandboxLost, check_path
 
-__all__ = ["read_beneath", "write_beneath"]
+__all__ = ["read_beneath", "remove_all", "unlock", "write_beneath"]
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def unlock(folder: Path) -> None:
+    """Let its owner into a folder whose mode the code inside has changed. Raises SandboxLost."""
+    try:
+        os.chmod(folder, 0o700)
+    except OSError as error:
+        raise SandboxLost(f"a working directory is gone: {error}") from error
 
 
 def read_beneath(folder: Path, path: str, *, most_bytes: int) -> bytes:
@@ -27,7 +35,7 @@ def read_beneath(folder: Path, path: str, *, most_bytes: int) -> bytes:
             # O_NONBLOCK: opening a named pipe must not wait for a writer.
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR):
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EISDIR, errno.EACCES):
             raise FileNotFoundError(errno.ENOENT, "no regular file", path) from None
         raise
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -51,6 +59,55 @@ def write_beneath(folder: Path, path: str, data: bytes, *, owner: int | None = N
             opened.write(data)
             if owner is not None:
                 os.fchown(file, owner, owner)
+
+
+def remove_all(folder: Path) -> None:
+    """Remove a folder with all that is inside, however deep and whatever its modes.
+
+    Folders are moved up before they are emptied: no path grows long, and nothing recurses. Where another
+    process removes the same, both get on; what the kernel refuses is left.
+    """
+    with suppress(OSError):
+        top = os.open(folder, _FOLDER)
+        try:
+            while names := os.listdir(top):
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        _remove_one(name, top)
+        finally:
+            os.close(top)
+        os.rmdir(folder)
+
+
+def _remove_one(name: str, top: int) -> None:
+    """What has that name in ``top``; the folders in it move there."""
+    if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
+        os.unlink(name, dir_fd=top)
+        return
+    here = _unlocked(name, top)
+    try:
+        with os.scandir(here) as entries:
+            inside = list(entries)
+        for entry in inside:
+            with suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    os.close(_unlocked(entry.name, here))  # to be moved, a folder must be writable, too
+                    os.rename(entry.name, os.urandom(16).hex(), src_dir_fd=here, dst_dir_fd=top)
+                else:
+                    os.unlink(entry.name, dir_fd=here)
+    finally:
+        os.close(here)
+    os.rmdir(name, dir_fd=top)
+
+
+def _unlocked(name: str, parent: int) -> int:
+    """A descriptor of a folder, once its owner may do everything there."""
+    found = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{found}", 0o700)
+        return os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(found)
 
 
 @contextmanager

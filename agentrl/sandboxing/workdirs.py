@@ -10,12 +10,12 @@ import ctypes
 import itertools
 import os
 import re
-import shutil
 import stat
 import tempfile
 from pathlib import Path
 
 from agentrl.errors import CannotWrite
+from agentrl.sandboxing.beneath import remove_all
 from agentrl.sandboxing.owners import MARK, is_gone, this_process
 
 __all__ = ["WorkDir", "make_folder", "sweep"]
@@ -94,7 +94,7 @@ def _remove(folder: Path) -> None:
     if os.geteuid() == 0:
         while _libc().umount2(os.fsencode(folder / "work"), _DETACH) == 0:
             continue
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_all(folder)
 
 
 def _libc() -> ctypes.CDLL:
