@@ -1,8 +1,9 @@
 """The seam to untrusted code: a command in, what became of it out; and what a backend must say of itself.
 
 A backend opens sandboxes. A sandbox is a session: files in its working directory persist from one ``run`` to
-the next until it is closed; processes do not, none of a run's outlives it. A result has a status and a fault,
-never a verdict: that is the judge's (``agentrl.judge``).
+the next until it is closed; processes do not, none of a run's outlives it. Whatever mode the code gives that
+directory, the next run, ``read`` and ``write`` enter it. A result has a status and a fault, never a verdict:
+that is the judge's (``agentrl.judge``).
 
 Two rules bind every backend. It enforces each limit that it is given and every guarantee that it claims, or
 it refuses to open: nothing degrades silently. A limit that is None is not asked for. And whatever it leaves
@@ -144,6 +145,10 @@ class Sandbox(Protocol):
         The environment is empty but for PATH, HOME, LANG and TMPDIR. stdin is closed behind its bytes.
         ``limits`` may only be lower than those the sandbox was opened with; None: the same. Every process of
         the run is dead when this returns. Raises BadConfig for a bad name or limit, SandboxLost.
+
+        What the code inside or the command's words bring about is not raised but the policy's error: exit
+        code 126 where a file can't be written for what lies there or for lack of room, 127 where a word is
+        none that a program can be given (it has a NUL, or half of a character).
         """
         ...
 
@@ -155,7 +160,11 @@ class Sandbox(Protocol):
         ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file, its folders made, no link followed. Raises BadConfig, OSError, SandboxLost."""
+        """Write a file, its folders made, no link followed. Raises BadConfig, SandboxLost.
+
+        Raises OSError where what lies there, or how much, forbids it: the code's own doing, which a tool
+        tells the model.
+        """
         ...
 
     def close(self) -> None:

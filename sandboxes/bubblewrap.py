@@ -32,10 +32,10 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.sandboxing.beneath import read_beneath, write_beneath
+from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
 from agentrl.sandboxing.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
 from agentrl.sandboxing.cgroups import Hierarchy, find
-from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome
+from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome, refused
 from agentrl.sandboxing.seccomp import deny_list
 from agentrl.sandboxing.workdirs import WorkDir, make_folder, sweep
 
@@ -200,16 +200,18 @@ class _Session:
     ) -> ExecResult:
         """See :class:`agentrl.sandbox.Sandbox`."""
         allowed = lowered(self._limits, limits)
-        if not argv or argv[0][:1] in ("", "-") or any("\0" in word for word in argv):
-            raise BadConfig(f"{list(argv)!r:.200} is no command: a program's name, then words without NUL")
+        if not argv or argv[0][:1] in ("", "-"):
+            raise BadConfig(f"{list(argv)!r:.200} is no command: a program's name, then its arguments")
         asked = time.monotonic()
         with self._running:
-            self._check_open()
+            self._enter()
             try:
                 for path, data in (files or {}).items():
                     self.write(path, data)
             except OSError as error:  # what lies there, or how much, is the code's own doing
-                return _refused(f"a file can't be written: {error}")
+                return refused(f"a file can't be written: {error}")
+            if not all(map(_can_be_passed, argv)):
+                return refused("a word has a NUL or no bytes, so that no command has it", exit_code=127)
             if failure := self._set_limits(allowed):
                 return failure
             self._group.begin()
@@ -218,20 +220,18 @@ class _Session:
                 running = self._host.launcher.start(argv, view, group=self._group, owner=self._owner)
             except OSError as error:
                 if error.errno == errno.E2BIG:
-                    return _refused("the command is longer than the kernel takes")
+                    return refused("the command is longer than the kernel takes")
                 raise SandboxLost(f"bubblewrap can't be started: {error}") from error
             queue_ms = (time.monotonic() - asked) * 1000
             return self._result(*self._drive(running, stdin, allowed), queue_ms=queue_ms)
 
     def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        self._check_open()
-        return read_beneath(self._work.path, path, most_bytes=most_bytes)
+        return read_beneath(self._enter(), path, most_bytes=most_bytes)
 
     def write(self, path: str, data: bytes) -> None:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        self._check_open()
-        write_beneath(self._work.path, path, data, owner=self._owner)
+        write_beneath(self._enter(), path, data, owner=self._owner)
 
     def close(self) -> None:
         """Kill what runs, then remove directory and group."""
@@ -243,9 +243,12 @@ class _Session:
                 self._work.remove()
         self._on_close(self)
 
-    def _check_open(self) -> None:
+    def _enter(self) -> Path:
+        """The working directory, for whoever owns it to enter. Raises SandboxLost."""
         if self._closing.is_set():
             raise SandboxLost("this sandbox is closed: open another")
+        unlock(self._work.path)
+        return self._work.path
 
     def _set_limits(self, limits: Limits) -> ExecResult | None:
         """Enforce a run's limits; a result where what is there already exceeds them."""
@@ -257,7 +260,7 @@ class _Session:
                     raise SandboxLost(f"limits can't be set: {error}") from error
                 return ExecResult(status="memory", fault="policy", stderr=b"its files are more already")
         if limits.disk_mib != self._set.disk_mib and not self._work.resize(limits.disk_mib):
-            return _refused("its files are more already than disk_mib")
+            return refused("its files are more already than disk_mib")
         self._set = limits
         return None
 
@@ -321,9 +324,11 @@ def _try_out(host: _Host) -> bool:
         session.close()
 
 
-def _refused(why: str) -> ExecResult:
-    """Of a command that could not be run for what the code has done or asked for."""
-    return ExecResult(status="error", fault="policy", exit_code=126, stderr=why.encode(errors="replace"))
+def _can_be_passed(word: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:  # half of a character
+        return False
 
 
 def _fresh_uid() -> int:

@@ -38,7 +38,7 @@ from agentrl.sandboxing.container_engine import Container, Death, Engine, Shape
 from agentrl.sandboxing.container_link import Conversation, LinkClock, LinkLost
 from agentrl.sandboxing.container_meter import Usage
 from agentrl.sandboxing.container_pool import Crew, Pool
-from agentrl.sandboxing.pump import outcome
+from agentrl.sandboxing.pump import outcome, refused
 
 __all__ = ["Docker"]
 
@@ -237,8 +237,11 @@ class _Session:
         with self._running:
             waited_s, self._waited_s = self._waited_s, 0.0
             container = self._standing()
-            for path, data in (files or {}).items():
-                self._write(container, path, data)
+            try:
+                for path, data in (files or {}).items():
+                    self._write(container, path, data)
+            except OSError as error:  # what lies there, or how much, is the code's own doing
+                return refused(f"a file can't be written: {error}")
             container = self._standing()
             if not self._engine.update(container, memory_mib=allowed.memory_mib, pids=allowed.pids):
                 return ExecResult(status="memory", fault="policy", stderr=b"the files are larger than that\n")

@@ -30,7 +30,7 @@ from agentrl.sandbox import (
     lowered,
 )
 from agentrl.sandboxing.beneath import read_beneath, write_beneath
-from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome
+from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, refused
 
 __all__ = ["Process"]
 
@@ -98,8 +98,11 @@ class _Session:
     ) -> ExecResult:
         """See :class:`agentrl.sandbox.Sandbox`."""
         allowed = lowered(self._limits, limits)
-        for path, data in (files or {}).items():
-            self.write(path, data)
+        try:
+            for path, data in (files or {}).items():
+                self.write(path, data)
+        except OSError as error:  # what lies there, or how much, is the code's own doing
+            return refused(f"a file can't be written: {error}")
         asked = time.monotonic()
         with self._running:
             self._check_open()
@@ -114,8 +117,8 @@ class _Session:
                     env=_environment(self._folder),
                     start_new_session=True,
                 )
-            except FileNotFoundError as error:
-                return ExecResult(status="error", fault="policy", exit_code=127, stderr=str(error).encode())
+            except (FileNotFoundError, ValueError) as error:  # a word with a NUL is the latter
+                return refused(str(error), exit_code=127)
             try:
                 pumped = _pump(child, self._closing, stdin=stdin, limits=allowed)
             finally:  # also where a talk raised; it was killed by then

@@ -36,9 +36,9 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.sandboxing.beneath import read_beneath, write_beneath
+from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
 from agentrl.sandboxing.cgroups import Group, Hierarchy, find
-from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome
+from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, refused
 from agentrl.sandboxing.seccomp import telltale_filter
 from agentrl.sandboxing.zygote_handle import ZygoteHandle, ZygoteSettings
 
@@ -294,15 +294,18 @@ class _Session:
         allowed = lowered(self._limits, limits)
         asked = time.monotonic()
         with self._running:
-            self._check_open()
-            for path, data in (files or {}).items():
-                self.write(path, data)
+            self._enter()
+            try:
+                for path, data in (files or {}).items():
+                    self.write(path, data)
+            except OSError as error:  # what lies there, or how much, is the code's own doing
+                return refused(f"a file can't be written: {error}")
             if allowed != self._set:
                 self._group.limit(allowed, spare_pids=_SPARE_PIDS)
                 self._set = allowed
             self._group.begin()
             start = partial(self._zygote.start, uid=self._uid, options=_tmpfs_options(allowed))
-            with _Run(self._group, self._closing) as run:
+            with _Run(self._group, self._closing, owner=self._owner) as run:
                 run.start(partial(start, self._number), argv, entries=self._entries)
                 queue_ms = (time.monotonic() - asked) * 1000
                 pumped = run.drive(stdin=stdin, limits=allowed)
@@ -311,14 +314,12 @@ class _Session:
     def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:
         """See :class:`agentrl.sandbox.Sandbox`."""
         with self._files:
-            self._check_open()
-            return read_beneath(self._folder, path, most_bytes=most_bytes)
+            return read_beneath(self._enter(), path, most_bytes=most_bytes)
 
     def write(self, path: str, data: bytes) -> None:
         """See :class:`agentrl.sandbox.Sandbox`."""
         with self._files:
-            self._check_open()
-            write_beneath(self._folder, path, data, owner=self._owner)
+            write_beneath(self._enter(), path, data, owner=self._owner)
 
     def close(self) -> None:
         """Kill what runs, then give back the file system and the control group."""
@@ -333,16 +334,20 @@ class _Session:
                 self._group.close()
         self._on_close(self)
 
-    def _check_open(self) -> None:
+    def _enter(self) -> Path:
+        """The working directory, for whoever owns it to enter. Raises SandboxLost."""
         if self._closing.is_set():
             raise SandboxLost("this sandbox is closed: open another")
+        unlock(self._folder)
+        return self._folder
 
 
 class _Run:
     """One command from its fork to its result. A context manager; leaving it kills what is left."""
 
-    def __init__(self, group: Group, closing: threading.Event) -> None:
+    def __init__(self, group: Group, closing: threading.Event, *, owner: int | None) -> None:
         self._group = group
+        self._owner = owner
         self._closing = closing
         self._init = -1  # a pidfd
         self._pipes: list[int] = []  # our ends of stdin, stdout, stderr and status, until drive has them
@@ -359,6 +364,8 @@ class _Run:
                 read, write = os.pipe2(os.O_CLOEXEC)
                 self._pipes.append(read if stream else write)
                 theirs.append(write if stream else read)
+                if stream < 3 and self._owner is not None:
+                    os.fchown(read, self._owner, self._owner)  # so that it can be opened as /dev/stdin is
             self._init = fork([*theirs, *entries])
         finally:
             for descriptor in theirs:

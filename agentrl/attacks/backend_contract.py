@@ -6,6 +6,7 @@ A check returns "" where the promise holds, else what is wrong.
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 from agentrl.attacks.stage import Stage
 from agentrl.errors import AgentRLError, BadConfig
-from agentrl.sandbox import Channel, ExecResult, SandboxLost
+from agentrl.sandbox import Channel, ExecResult, Sandbox, SandboxLost
 
 __all__ = ["CONTRACT", "Check", "NotEnforced"]
 
@@ -161,6 +162,74 @@ def _overwrites_links(stage: Stage) -> str:
             if (stage.bait.home / "planted").exists():
                 return "a file was written through a link"
         return "" if session.read("link") == b"ours" and not stage.bait.missing() else "a link was followed"
+
+
+def _in_the_way(stage: Stage) -> str:
+    with stage.sandbox() as session:
+        session.run(["mkdir", "given"])
+        result = session.run(["true"], files={"given": b"1"})
+        written = _writes(session, "given")
+        after = session.run(["true"], files={"another": b"1"})
+    return _differs(result, status="error", fault="policy", exit_code=126) or written or _differs(after)
+
+
+def _no_room(stage: Stage) -> str:
+    for code in ("open('big', 'wb').write(bytes(64 << 20))", "n = 0\nwhile True: os.mkdir(str(n)); n += 1"):
+        with stage.sandbox() as session:
+            session.run(["python3", "-c", f"import os\n{code}"])
+            result = session.run(["true"], files={"given": bytes(1 << 16)})
+            if wrong := _differs(result, status="error", fault="policy", exit_code=126):
+                return wrong
+            if written := _writes(session, "given"):
+                return written
+    return ""
+
+
+def _writes(session: Sandbox, name: str) -> str:
+    try:
+        session.write(name, bytes(1 << 16))
+    except OSError:
+        return ""
+    return "a file was written where none can be"
+
+
+# An access control list, version 2, whose owner may do nothing.
+_ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, 0, 0xFFFFFFFF) for tag in (1, 4, 16, 32))
+
+
+def _locked(stage: Stage) -> str:
+    acl = (
+        "import os\nfor kind in ('default', 'access'):\n    try: os.setxattr('.', 'system.posix_acl_' + kind"
+    )
+    scripts = ("os.chmod('.', 0)", "os.chmod('.', 0o1000)", f"{acl}, {_ACL!r})\n    except OSError: pass")
+    for script in scripts:
+        with stage.sandbox() as session:
+            session.run(["python3", "-c", f"import os\nopen('kept', 'w').write('x')\n{script}"])
+            read = session.read("kept")
+            session.run(["python3", "-c", f"import os\n{script}"])
+            session.write("later", b"y")
+            session.run(["python3", "-c", f"import os\n{script}"])
+            result = session.run(["sh", "-c", "cat kept; ls"], files={"given": b"z"})
+        if read != b"x" or result.stdout != b"xgiven\nkept\nlater\n":
+            return f"after {script} a run ended so: {result}"
+    return ""
+
+
+def _odd_words(stage: Stage) -> str:
+    with stage.sandbox() as session:
+        for word in ("a\0b", "\0", "\ud800"):
+            for argv in (["sh", "-c", f"echo {word}"], [word]):
+                result = session.run(argv)
+                if wrong := _differs(result, status="error", fault="policy", exit_code=127):
+                    return f"{argv!r}: {wrong}"
+    return ""
+
+
+def _streams_by_name(stage: Stage) -> str:
+    code = "open('/dev/stdout', 'w').write(open('/dev/stdin').read()); open('/dev/stderr', 'w').write('e')"
+    with stage.sandbox() as session:
+        result = session.run(["python3", "-c", code], stdin=b"in")
+    return _differs(result, status="ok", stdout=b"in", stderr=b"e")
 
 
 def _wall(stage: Stage) -> str:
@@ -351,6 +420,11 @@ CONTRACT: tuple[Check, ...] = (
     Check(name="names that lead elsewhere are refused", play=_bad_names),
     Check(name="only regular files of bounded size are read", play=_reads),
     Check(name="the host writes through no link", play=_overwrites_links),
+    Check(name="what lies where a file goes is the policy's fault", play=_in_the_way),
+    Check(name="no room for a file is the policy's fault", play=_no_room, needs=("disk_mib",)),
+    Check(name="a working directory can't be locked", play=_locked, needs=("files",)),
+    Check(name="words that no program can be given are the policy's fault", play=_odd_words),
+    Check(name="stdin, stdout and stderr can be opened by name", play=_streams_by_name),
     Check(name="limit: wall clock", play=_wall, needs=("wall_s",)),
     Check(name="limit: CPU time", play=_cpu, needs=("cpu_s",)),
     Check(name="limit: memory, and life goes on", play=_memory, needs=("memory_mib",)),

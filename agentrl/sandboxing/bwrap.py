@@ -260,6 +260,8 @@ class Launcher:
             ends[not writes] for ends, writes in zip(pipes, (0, 1, 1, 0, 0, 1), strict=True)
         ]
         try:
+            for end in theirs[:3] if owner else ():
+                os.fchown(end, owner or 0, owner or 0)  # so that it can be opened as /dev/stdin is
             entrances = [str(path) for path in group.procs] if self._is_born_inside else []
             pid, pidfd = self._ask([*entrances, *command], theirs, owner or 0, len(entrances))
         except BaseException:

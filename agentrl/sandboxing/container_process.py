@@ -244,6 +244,7 @@ def _start(argv: list[str], pipes: tuple[int, int, int]) -> int:
             os.dup2(pipe, number)
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and what is ignored stays so
             signal.signal(ignored, signal.SIG_DFL)
+        _unlock()
         os.chdir(_WORK)
         _filter_calls()
         os.execvpe(argv[0], argv, {"PATH": _PATH, "HOME": _WORK, "TMPDIR": "/tmp", "LANG": "C.UTF-8"})
@@ -291,6 +292,11 @@ def _kill_all() -> None:
 
 
 # -- files, when no command runs --
+
+
+def _unlock() -> None:
+    """Whatever mode commands have given to their working directory, it can be entered."""
+    os.chmod(_WORK, 0o700)
 
 
 def _answer(work: Callable[[], None]) -> None:
@@ -352,6 +358,7 @@ def _write(path: str) -> None:
 def _parent(path: str, *, make: bool) -> Iterator[tuple[int, str]]:
     """The folder that ``path`` lies in, and its name there; no link is followed."""
     *folders, name = path.split("/")
+    _unlock()
     here = os.open(_WORK, _FOLDER)
     try:
         for part in folders:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from agentrl.sandbox import Fault, Gone, Limits, Status, Talk
+from agentrl.sandbox import ExecResult, Fault, Gone, Limits, Status, Talk
 
-__all__ = ["Clock", "Kept", "Pipes", "Pumped", "drive", "outcome"]
+__all__ = ["Clock", "Kept", "Pipes", "Pumped", "drive", "outcome", "refused"]
 
 # hangup: a talk's other end closed its pipe and lived on, so that it was killed.
 End = Literal["exit", "cpu", "wall", "output", "closed", "talked", "hangup"]
@@ -134,6 +134,13 @@ def outcome(end: End, code: int) -> tuple[Status, Fault]:
     if code == -signal.SIGXCPU:
         return "cpu", "policy"
     return ("signal" if code < 0 else "error"), "policy"
+
+
+def refused(why: str, *, exit_code: int = 126) -> ExecResult:
+    """Of a command that could not be run for what the policy's code has done or asked for."""
+    return ExecResult(
+        status="error", fault="policy", exit_code=exit_code, stderr=why.encode(errors="replace")
+    )
 
 
 class _Over(Exception):
