@@ -243,8 +243,8 @@ def export(
     from agentrl.export import export
     from agentrl.show import find_run
 
-    export(find_run(run).root, merge)
-    typer.echo(f"wrote {merge}")
+    step = export(find_run(run).root, merge, on_note=lambda line: typer.echo(line, err=True))
+    typer.echo(f"wrote {merge} (step {step})")
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from agentrl.checkpoint import Checkpoints, read_adapter, saving_weights
+from agentrl.config import RunConfig
 from agentrl.configfile import load_config
 from agentrl.errors import BadConfig, BadData
 from agentrl.files import write_folder
@@ -14,10 +16,14 @@ from agentrl.models import load_model, load_tokenizer
 __all__ = ["export"]
 
 
-def export(run: str | Path, merge_dir: str | Path) -> Path:
-    """Merge the newest adapter of the run in folder ``run`` into its base and write it to ``merge_dir``.
+def export(
+    run: str | Path, merge_dir: str | Path, *, on_note: Callable[[str], object] = lambda line: None
+) -> int:
+    """Merge the newest adapter of the run in folder ``run`` into its base and write it to ``merge_dir``;
+    returns the adapter's step.
 
-    Raises BadData where the run has no checkpoint yet, BadConfig where ``merge_dir`` holds something.
+    ``on_note`` is told where a newer one is damaged and left out. Raises BadData where the run has no
+    checkpoint yet or lacks the base of it, BadConfig where ``merge_dir`` holds something.
     """
     import peft
 
@@ -25,14 +31,12 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise BadConfig(f"{target} holds something; name an empty or a new folder")
     config = load_config(folder.config)
-    newest = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep).latest()
+    newest = Checkpoints(folder.checkpoints, keep=config.checkpoint.keep).latest(on_damage=on_note)
     if newest is None:
         raise BadData(
             f"{folder.root} has no checkpoint yet; let the run reach step {config.checkpoint.every}"
         )
-    made = (path for path in (folder.warm_start, folder.base) if path.exists())
-    base = next(made, config.model.path)
-    assert base is not None
+    base = _base_of(folder, config, newest)
     model = load_model(base, dtype=config.model.dtype)
     adapter = read_adapter(newest)
     # The run's folder may have moved since the adapter noted where its base was.
@@ -47,4 +51,14 @@ def export(run: str | Path, merge_dir: str | Path) -> Path:
         load_tokenizer(base).save_pretrained(path)
 
     write_folder(target, write)
-    return target
+    return int(newest.name.removeprefix("step_"))
+
+
+def _base_of(folder: RunFolder, config: RunConfig, newest: Path) -> str | Path:
+    """What the adapter ``newest`` was trained on. Raises BadData where the run made that and it is gone."""
+    if config.warm_start is None and config.model.path is not None:
+        return config.model.path
+    made = folder.base if config.warm_start is None else folder.warm_start
+    if not made.is_dir():
+        raise BadData(f"{made} is missing, the base that {newest} belongs to; put it back")
+    return made

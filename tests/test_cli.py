@@ -242,7 +242,8 @@ def test_show_and_export_ask_for_a_run_that_exists(tmp_path: Path, monkeypatch: 
 
 
 def test_export_hands_on_the_runs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export = _stand_in(monkeypatch, "export")
+    export = _stand_in(monkeypatch, "export", 160)
     (tmp_path / "config.yaml").write_text("name: mine\n")
-    assert _agentrl("export", tmp_path, "--merge", "out").output == "wrote out\n"
-    assert export.called == ((tmp_path, Path("out")), {})
+    assert _agentrl("export", tmp_path, "--merge", "out").output == "wrote out (step 160)\n"
+    assert export.called is not None
+    assert export.called[0] == (tmp_path, Path("out"))
