@@ -45,6 +45,13 @@ _BOUNDARIES = {"tools": "tool", "reward": "reward"}  # by part; every other part
 _KEPT_TASK_LISTS = 8  # per class; more configurations at once read theirs again
 
 
+class _TaskLists(dict[Hashable, TaskList]):
+    """What a class has read. A class that pickles by value, as a script's does, leaves it behind."""
+
+    def __reduce__(self) -> tuple[type[_TaskLists], tuple[()]]:
+        return _TaskLists, ()
+
+
 class Env(gymnasium.Env[tuple[Message, ...], Message]):
     """A conversation about a task.
 
@@ -66,13 +73,13 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
     timings: dict[str, float]  # seconds by stage of this episode: "step", or "tools" and "reward"
     at_boundary: str  # where it works now: "tool", "reward", else "environment"
 
-    _task_lists: ClassVar[dict[Hashable, TaskList]] = {}
+    _task_lists: ClassVar[dict[Hashable, TaskList]] = _TaskLists()
     _settings: Hashable
     make_twin: Callable[[], Env]  # another one of the same class and settings; pickles where these do
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._task_lists = {}
+        cls._task_lists = _TaskLists()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Env:
         env: Env = super().__new__(cls)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import cloudpickle  # type: ignore[import-untyped]
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from agentrl.env import Env
@@ -143,7 +145,9 @@ def pickles_for_vector_environments(subject: Subject) -> str:
     for name, value in sent.items():
         require(same(_pickled(name, value), value), start.task, f"{name} came back changed from pickling")
     made: Env = _pickled("its class with its settings", CloudpickleWrapper(env.make_twin))()
-    plays = [play(maker, start, said).shown for maker in (subject.make_twin(), subject.make_twin(), made)]
+    shown = [play(maker, start, said).shown for maker in (subject.make_twin(), subject.make_twin(), made)]
+    # Sent once more, together: the objects in info are then of one class again, which was made anew as well.
+    plays = _pickled("the messages and info of an episode", CloudpickleWrapper(lambda: shown))()
     require(
         same(plays[0], plays[2]) or not same(plays[0], plays[1]),
         start.task,
@@ -154,11 +158,29 @@ def pickles_for_vector_environments(subject: Subject) -> str:
 
 def _pickled(name: str, value: Any) -> Any:
     try:
-        return pickle.loads(pickle.dumps(value))
+        sent = pickle.dumps(value)
+        with _as_elsewhere():
+            return pickle.loads(sent)
     except (pickle.PickleError, TypeError, AttributeError) as error:  # one of these, by kind of object
         raise Unsound(
             f"{name} can't be pickled: {error}; hold plain values, open locks, files and clients in setup()"
         ) from error
+
+
+@contextmanager
+def _as_elsewhere() -> Iterator[None]:
+    """Let cloudpickle make a class of ``__main__`` or of a function anew, as another process does.
+
+    Where it knows the class it would set all its attributes, on the very class that is examined.
+    """
+    known = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
+    before = dict(known)
+    known.clear()
+    try:
+        yield
+    finally:
+        known.clear()
+        known.update(before)
 
 
 def _random_actions(env: Env, *, count: int = 4) -> list[Message]:

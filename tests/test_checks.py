@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import json
 import os
+import subprocess
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -564,6 +566,48 @@ def test_check_takes_names_instances_and_what_gymnasium_made() -> None:
     assert agentrl.check("calculator", episodes=4, endurance=100, levels=[1, 4]).ok
     assert agentrl.check(Sound(max_turns=4), episodes=4, endurance=100).ok
     assert agentrl.check(gymnasium.make("agentrl/Calculator-v0"), episodes=4, endurance=100).ok  # type: ignore[arg-type]
+
+
+_SCRIPT = """
+import dataclasses, agentrl
+from agentrl import Message, Task, ToolEnv
+
+WORDS = {"train": ["ape", "bee"], "test": ["cat"]}
+
+@dataclasses.dataclass(frozen=True)
+class Shelf:
+    place: int
+
+class Zoo(ToolEnv):
+    def reward(self, evidence):
+        return float(evidence.answer == evidence.task.truth["answer"])
+
+    def tasks(self, split):
+        for word in WORDS[split]:
+            prompt = (Message("user", f"Say {word[::-1]} ."),)
+            yield Task(id=word, prompt=prompt, truth={"answer": word})
+
+    def gold(self, task):
+        return (Message("assistant", task.truth["answer"]),)
+
+    async def astep(self, action):
+        *step, info = await super().astep(action)
+        return (*step, {**info, "shelf": Shelf(3)})
+
+before = dict(vars(Zoo))
+print(agentrl.check(Zoo, episodes=2, endurance=100))
+assert Zoo.tasks.__globals__ is globals()
+assert all(vars(Zoo)[name] is value for name, value in before.items())
+"""
+
+
+def test_a_script_class_is_the_same_after_its_check(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(_SCRIPT, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "FAIL" not in done.stdout, done.stdout
 
 
 def test_check_works_under_a_running_event_loop() -> None:
