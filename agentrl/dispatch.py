@@ -39,10 +39,11 @@ class CheckedCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # as the tool's function takes them
 
 
-def collect_tools(cls: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
+def collect_tools(cls: type, *, beside: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
     """(tools among the methods of ``cls``, among its static methods), in the order of their definition.
 
-    Raises UserError where a tool is overridden by a method that is none, or two tools share a name.
+    Raises UserError where a tool takes the place of an attribute of ``beside``, a base class, where one is
+    overridden by a method that is none, and where two share a name.
     """
     methods: list[Tool] = []
     functions: list[Tool] = []
@@ -50,6 +51,10 @@ def collect_tools(cls: type) -> tuple[tuple[Tool, ...], tuple[Tool, ...]]:
         defined = inspect.getattr_static(cls, attribute)
         function = getattr(defined, "__func__", defined)
         if is_tool(function):
+            if any(attribute in {**vars(base), **inspect.get_annotations(base)} for base in beside.__mro__):
+                raise UserError(
+                    f"{cls.__name__}: {attribute!r} is {beside.__name__}'s own: name the tool otherwise"
+                )
             (functions if isinstance(defined, staticmethod) else methods).append(as_tool(function))
         elif callable(function) and any(is_tool(vars(base).get(attribute)) for base in cls.__mro__):
             raise UserError(

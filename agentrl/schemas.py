@@ -11,12 +11,12 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict
 
 from agentrl.errors import BadArguments, UserError, did_you_mean
@@ -38,7 +38,7 @@ class Arguments:
         documented: Mapping[str, str],  # the texts of those that have one
     ) -> None:
         """Raises UserError for type hints that make no JSON schema."""
-        self._name = function.__name__
+        self._name, self._qualname = function.__name__, function.__qualname__
         self._parameters = parameters
         self._adapter = _make_adapter(function, parameters, documented)
 
@@ -57,7 +57,8 @@ class Arguments:
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of an object, without titles and references."""
-        schema = self._adapter.json_schema()
+        with _refusing(self._qualname):
+            schema = self._adapter.json_schema()
         definitions = schema.pop("$defs", {})
         plain: dict[str, Any] = _plain(schema, definitions, opened=())
         plain.setdefault("properties", {})
@@ -87,11 +88,18 @@ def _make_adapter(
         fields[name] = hint if parameter.default is parameter.empty else NotRequired[hint]
     arguments = _typed_dict("arguments", fields)
     arguments.__pydantic_config__ = ConfigDict(extra="forbid")
-    try:
+    with _refusing(function.__qualname__):
         return TypeAdapter(arguments)
-    except PydanticSchemaGenerationError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"tool {function.__qualname__}: {reason} Use types that JSON can carry.") from error
+
+
+@contextmanager
+def _refusing(qualname: str) -> Iterator[None]:
+    """Types that pydantic can't validate, or can but no JSON schema describes, are the author's to change."""
+    try:
+        yield
+    except PydanticUserError as error:
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise UserError(f"tool {qualname}: {reason}. Use types that JSON can carry.") from error
 
 
 def _annotated_text(hint: Any) -> str | None:
@@ -167,7 +175,7 @@ def _hints(functions: tuple[Callable[..., Any], ...]) -> Mapping[str, tuple[str,
         except NameError:  # imported for type checkers alone
             continue
         for name, hint in hints.items():
-            with suppress(PydanticSchemaGenerationError, PydanticUserError):  # a protocol, say
+            with suppress(PydanticUserError):  # a protocol, say
                 # Resolved, so that a literal shows what it allows; without the modules' names.
                 text = re.sub(r"\b(?:[a-z_]\w*\.)+", "", inspect.formatannotation(hint))
                 found.setdefault(name, (text, TypeAdapter(hint)))

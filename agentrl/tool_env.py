@@ -54,7 +54,7 @@ class ToolEnv(Env):
         reward = vars(cls).get("reward")
         if inspect.isfunction(reward) and len(inspect.signature(reward).parameters) == 1:
             cls.reward = staticmethod(reward)  # a plain function of the evidence, not a method
-        cls._methods, cls._functions = collect_tools(cls)
+        cls._methods, cls._functions = collect_tools(cls, beside=ToolEnv)
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, WorldError
+from agentrl.errors import BadArguments, ToolError, ToolLate, UserError, WorldError, did_you_mean
 from agentrl.threads import in_thread
 from agentrl.types import ToolCall
 
@@ -87,7 +87,9 @@ class Tool:
     async def _call(self, arguments: Mapping[str, Any]) -> Any:
         if inspect.iscoroutinefunction(self.function):
             return await self.function(**arguments)
-        return await in_thread(self.function, **arguments)
+        result = await in_thread(self.function, **arguments)
+        # A plain function around an asynchronous one: a decorator's, or one that ends in self._fetch().
+        return await result if inspect.isawaitable(result) else result
 
 
 @overload
@@ -95,17 +97,29 @@ def tool(function: F, /) -> F: ...
 @overload
 def tool(*, deadline_s: float | None = None, remote: bool = False) -> Callable[[F], F]: ...
 def tool(
-    function: Callable[..., Any] | None = None, /, *, deadline_s: float | None = None, remote: bool = False
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    deadline_s: float | None = None,
+    remote: bool = False,
+    **unknown: Any,
 ) -> Any:
     """Mark a function or method as a tool; it stays callable as before.
 
     Type hints and the docstring become the schema; a parameter is described by ``Annotated[int, "text"]`` or
-    by a line ``name: text`` of the docstring. Raises UserError for a parameter without a type hint.
+    by a line ``name: text`` of the docstring. Raises UserError for a parameter without a type hint, for what
+    can be no tool, and for options that there are not.
     """
+    for name in unknown:
+        raise UserError(
+            f"@tool has no option {name!r}{did_you_mean(name, ('deadline_s', 'remote'))}; it has deadline_s "
+            "and remote, and the model reads the function's name and docstring"
+        )
     if deadline_s is not None and deadline_s <= 0:
         raise UserError(f"@tool(deadline_s={deadline_s}): a deadline is above 0 seconds")
 
     def mark(marked: F) -> F:
+        _check_kind(marked)
         _check_signature(marked)
         marked.__agentrl_tool__ = {"deadline_s": deadline_s, "remote": remote}  # type: ignore[attr-defined]
         return marked
@@ -176,11 +190,31 @@ def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
+def _check_kind(function: Any) -> None:
+    """Raise UserError for what can be no tool, before anything is read off it."""
+    if isinstance(function, staticmethod):
+        raise UserError(f"tool {function.__qualname__}: write @staticmethod above @tool, not below it")
+    if isinstance(function, classmethod):
+        raise UserError(
+            f"tool {function.__qualname__}: a tool is a method or a static method, no class method"
+        )
+    if not callable(function):
+        raise UserError(f"@tool({function!r}): it marks a function; write @tool, or @tool(deadline_s=5)")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError(
+            f"tool {function.__qualname__} yields: a call has one result, return it (a list, say)"
+        )
+
+
 def _check_signature(function: Callable[..., Any]) -> None:
     for name, parameter in _parameters(function).items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UserError(
                 f"tool {function.__qualname__}: {parameter} can't be passed by name; use ordinary parameters"
+            )
+        if name == "cls" and parameter.annotation is parameter.empty:
+            raise UserError(
+                f"tool {function.__qualname__}: a tool is a method or a static method, no class method"
             )
         if parameter.annotation is parameter.empty:
             raise UserError(

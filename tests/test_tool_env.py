@@ -246,3 +246,13 @@ def test_without_a_reward_there_is_no_environment() -> None:
 def test_limits_are_above_zero(setting: str) -> None:
     with pytest.raises(UserError, match=f"{setting}=0"):
         Desk(**{setting: 0})
+
+
+@pytest.mark.parametrize("name", ["close", "end", "render", "find_task", "timings", "reward", "spec"])
+def test_a_tool_may_not_take_the_place_of_an_environments_own(name: str) -> None:
+    @tool
+    def taken(self: Any) -> str:
+        return "taken"
+
+    with pytest.raises(UserError, match=f"Taking: '{name}' is ToolEnv's own: name the tool otherwise"):
+        type("Taking", (Desk,), {name: taken})

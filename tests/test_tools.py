@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -331,3 +333,71 @@ def test_a_result_that_can_not_be_written_for_another_reason_is_a_bug() -> None:
     endless.append(endless)
     with pytest.raises(ValueError, match="Circular"):
         as_text(endless, most_chars=20)
+
+
+async def fetch(*, item: str) -> str:
+    return f"fetched {item}"
+
+
+@tool
+def passes_on(item: str) -> Any:
+    return fetch(item=item)
+
+
+@tool
+@functools.wraps(fetch)
+def wrapped(**given: Any) -> Any:
+    return fetch(**given)
+
+
+@pytest.mark.parametrize("function", [passes_on, wrapped])
+def test_what_a_plain_function_leaves_to_await_is_awaited(function: Callable[..., Any]) -> None:
+    assert asyncio.run(as_tool(function).run({"item": "tea"})) == "fetched tea"
+
+
+def yields(item: str) -> Iterator[str]:
+    yield item
+
+
+async def yields_later(item: str) -> AsyncIterator[str]:
+    yield item
+
+
+def of_a_class(cls, item: str) -> str:  # type: ignore[no-untyped-def]
+    return item
+
+
+@pytest.mark.parametrize(
+    ("marked", "message"),
+    [
+        (yields, "tool yields yields: a call has one result"),
+        (yields_later, "tool yields_later yields"),
+        (staticmethod(fetch), "tool fetch: write @staticmethod above @tool, not below it"),
+        (classmethod(of_a_class), "tool of_a_class: a tool is a method or a static method, no class method"),
+        (of_a_class, "tool of_a_class: a tool is a method or a static method, no class method"),
+        ("look", r"@tool\('look'\): it marks a function"),
+    ],
+)
+def test_what_can_be_no_tool_is_refused_where_it_is_marked(marked: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        tool(marked)
+
+
+def test_an_option_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UserError, match="@tool has no option 'deadline'; did you mean 'deadline_s'"):
+        tool(deadline=3)  # type: ignore[call-overload]
+    with pytest.raises(
+        UserError, match="no option 'description'; it has deadline_s and remote, and the model"
+    ):
+        tool(description="Look.")  # type: ignore[call-overload]
+
+
+def test_a_parameter_without_a_json_schema_is_refused() -> None:
+    @tool
+    def apply(change: Callable[[int], int]) -> int:
+        return change(1)
+
+    with pytest.raises(
+        UserError, match="apply: Cannot generate a JsonSchema .* Use types that JSON can carry"
+    ):
+        as_tool(apply)
