@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
-from agentrl.env import Env
+from agentrl.env import Env, Step
 from agentrl.errors import did_you_mean
-from agentrl.probes import SEED, WORTHLESS, Subject, Unsound, play, require
+from agentrl.probes import SEED, WORTHLESS, Start, Subject, Unsound, gold_of, play, require
 from agentrl.tasks import freeze
-from agentrl.types import Task
+from agentrl.threads import run_sync
+from agentrl.types import Message, Task
 
 __all__ = [
     "declares_what_there_is",
@@ -44,21 +49,16 @@ def follows_gymnasium(subject: Subject) -> str:
 
 
 def tells_what_its_spaces_promise(subject: Subject) -> str:
-    """Observations, rewards and infos of starts, gold steps and random steps are what the contract says."""
+    """Observations, rewards and infos of starts, gold steps and random steps are what the contract says.
+
+    So is the conversation that the environment keeps, which is what its reward and the trainer read.
+    """
     env, seen = subject.env, 0
     env.action_space.seed(SEED)
     for start in subject.starts:
-        task = start.task
-        opening, info = env.reset(seed=SEED, options=start.options)
-        require(opening in env.observation_space, task, f"reset showed {opening!r}, outside its space")
-        require(isinstance(info, dict), task, f"reset returned the info {info!r}: it must be a dict")
-        for action in (*env.gold(task), env.action_space.sample()):
-            require(action in env.action_space, task, f"gold has {action!r}, outside action_space")
-            step = env.step(action)
-            seen += 1
-            _check_step(env, step, task)
-            if step[2] or step[3]:
-                break
+        seen += _play_checked(env, start, env.step)
+    for start in subject.first_starts:
+        seen += _play_checked(env, start, partial(_astep, env))
     return f"{seen} steps"
 
 
@@ -106,7 +106,7 @@ def declares_what_there_is(subject: Subject) -> str:
     known = {*WORTHLESS, *(tool.name for tool in env.tools), "system", "user", "tool"}
     if env.declared and subject.starts:
         start = subject.starts[0]
-        episode = play(env, start, env.gold(start.task))
+        episode = play(env, start, gold_of(env, start.task))
         known |= {key for info in (episode.opening[1], *(step[4] for step in episode.steps)) for key in info}
     for name, reason in env.declared.items():
         if name not in known:
@@ -116,6 +116,46 @@ def declares_what_there_is(subject: Subject) -> str:
         if not reason.strip():
             raise Unsound(f"declared[{name!r}] is empty: write down the reason")
     return ", ".join(env.declared) or "nothing is declared"
+
+
+def _play_checked(env: Env, start: Start, step_with: Callable[[Message], Step]) -> int:
+    """How many steps were taken: gold's and a random one, until the episode was over."""
+    task, count = start.task, 0
+    opening, info = env.reset(seed=SEED, options=start.options)
+    require(opening in env.observation_space, task, f"reset showed {opening!r}, outside its space")
+    require(isinstance(info, dict), task, f"reset returned the info {info!r}: it must be a dict")
+    for action in (*gold_of(env, task), env.action_space.sample()):
+        require(action in env.action_space, task, f"gold has {action!r}, outside action_space")
+        before = env.messages
+        step = step_with(action)
+        count += 1
+        _check_step(env, step, task)
+        _check_conversation(env, task, before, (action, *step[0]))
+        if step[2] or step[3]:
+            break
+    return count
+
+
+def _astep(env: Env, action: Message) -> Step:
+    """A step as rollouts take it."""
+    pending: Any = env.astep(action)
+    if not inspect.iscoroutine(pending):
+        raise Unsound(f"astep returned {pending!r}, and rollouts await it: write 'async def astep'")
+    step: Step = run_sync(pending)
+    return step
+
+
+def _check_conversation(env: Env, task: Task, before: Sequence[Message], new: Sequence[Message]) -> None:
+    """Calls apart: an environment notes on them what became of them."""
+    kept = [replace(message, tool_calls=()) for message in env.messages]
+    expected = [replace(message, tool_calls=()) for message in (*before, *new)]
+    require(
+        kept == expected,
+        task,
+        f"the step shows {len(new) - 1} messages, env.messages has {len(kept)}, not {len(expected)}; "
+        "it must gain the action and then what the step shows; begin with self.accept(action) and return "
+        "self.transition(...)",
+    )
 
 
 def _check_step(env: Env, step: Any, task: Task) -> None:

@@ -10,14 +10,14 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from agentrl.env import Env
-from agentrl.probes import SEED, Episode, Start, Subject, Unsound, play, require, same
+from agentrl.probes import SEED, Episode, Start, Subject, Unsound, gold_of, play, require, same
 from agentrl.tasks import freeze
 from agentrl.types import Message, Task, ToolCall
 
@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _SEEDS = range(20)  # of which at least two must differ where there is a choice
+_READ_AGAIN = 100  # tasks of each split
 _SIBLINGS = 3
 _PAIRS = 10  # of episodes that are interleaved
 _TRIED, _SHOWN = 40, 8  # random actions: drawn, and of those with calls played
@@ -40,10 +41,15 @@ Moment = Mapping[str, list[Any]]  # what was shown at once, by tool, role or key
 
 
 def repeats_itself(subject: Subject) -> str:
-    """The same seed, options and actions give the same episode; the same seed alone draws the same task."""
+    """Tasks, read again, are the same; so is the episode of the same seed, options and actions.
+
+    The same seed alone draws the same task.
+    """
     env, count = subject.env, 0
+    for split in env.splits:
+        _tasks_repeat(subject, split)
     for start in subject.starts:
-        for said in (_random_actions(env), env.gold(start.task)):
+        for said in (_random_actions(env), gold_of(env, start.task)):
             first, second = (play(env, start, said) for _ in range(2))
             require(
                 same(first.shown, second.shown),
@@ -81,7 +87,9 @@ def starts_siblings_alike(subject: Subject) -> str:
         begun = []
         for _ in range(_SIBLINGS):
             env = subject.make_twin()
-            episode = play(env, start, env.gold(start.task))  # what one sibling does is nothing to the next
+            episode = play(
+                env, start, gold_of(env, start.task)
+            )  # what one sibling does is nothing to the next
             begun.append((episode.opening, _schemas(env)))
         require(
             all(same(begun[0], other) for other in begun[1:]),
@@ -134,7 +142,7 @@ def hides_the_truth(subject: Subject) -> str:
 def pickles_for_vector_environments(subject: Subject) -> str:
     """What ``gymnasium.vector.AsyncVectorEnv`` sends survives: the maker, the spaces, episodes, actions."""
     env, start = subject.env, subject.starts[0]
-    said = tuple(env.gold(start.task))
+    said = gold_of(env, start.task)
     episode = play(env, start, said)
     sent: Mapping[str, Any] = {
         "observation_space": env.observation_space,
@@ -154,6 +162,21 @@ def pickles_for_vector_environments(subject: Subject) -> str:
         "an environment made of the pickled class and settings shows another episode",
     )
     return ", ".join(["class and settings", *sent])
+
+
+def _tasks_repeat(subject: Subject, split: str) -> None:
+    """Another process reads the tasks for itself, and a resumed run finds them by their place."""
+    first = list(islice(subject.env.task_list(split), _READ_AGAIN))
+    second = list(islice(subject.make_twin().tasks(split), _READ_AGAIN))
+    if len(first) != len(second):
+        raise Unsound(f"tasks({split!r}) gives {len(first)} tasks, and read again {len(second)}")
+    for place, (one, other) in enumerate(zip(first, second, strict=True)):
+        for what in ("id", "prompt", "truth"):
+            if not same(getattr(one, what), getattr(other, what)):
+                raise Unsound(
+                    f"tasks({split!r}), read again, has another {what} at {place}, task {other.id!r} where "
+                    f"{one.id!r} was: make them the same in every process, drawn with a seed of their own"
+                )
 
 
 def _pickled(name: str, value: Any) -> Any:
@@ -194,13 +217,13 @@ def _schemas(env: Env) -> list[dict[str, Any]]:
 
 def _alone(subject: Subject, start: Start) -> tuple[Any, ...]:
     env = subject.make_twin()
-    return play(env, start, env.gold(start.task), until_over=False).shown
+    return play(env, start, gold_of(env, start.task), until_over=False).shown
 
 
 def _interleaved(subject: Subject, starts: Sequence[Start]) -> list[tuple[Any, ...]]:
     """What each episode shows, one step of each in turn."""
     envs = [subject.make_twin() for _ in starts]
-    said = [list(env.gold(start.task)) for env, start in zip(envs, starts, strict=True)]
+    said = [gold_of(env, start.task) for env, start in zip(envs, starts, strict=True)]
     shown: list[list[Any]] = [
         [env.reset(seed=SEED, options=start.options)] for env, start in zip(envs, starts, strict=True)
     ]
@@ -240,7 +263,7 @@ def _changed(value: Any) -> Any:
 
 def _scripts(env: Env, task: Task) -> Iterator[Sequence[Message]]:
     """What is said whatever the truth is: gold of the task as it was, calls that err, and anything."""
-    yield tuple(env.gold(task))
+    yield gold_of(env, task)
     names = [tool.name for tool in env.tools]
     calls = (ToolCall(id=f"call_{name}", name=name, arguments={"no such": 1}) for name in names)
     yield [Message("assistant", "", tuple(calls))]

@@ -27,6 +27,7 @@ __all__ = [
     "Start",
     "Subject",
     "Unsound",
+    "gold_of",
     "play",
     "require",
     "same",
@@ -154,6 +155,18 @@ class Subject:
         )
 
 
+def gold_of(env: Env, task: Task) -> tuple[Message, ...]:
+    """``env.gold(task)``. Raises Unsound where that is no sequence of messages."""
+    given: Any = env.gold(task)
+    messages = tuple(given) if isinstance(given, Iterable) else (None,)
+    if not all(isinstance(message, Message) for message in messages):
+        raise Unsound(
+            f"task {task.id!r}: gold(task) returned {given!r}: it is a sequence of assistant messages, such "
+            "as (Message('assistant', ...),)"
+        )
+    return messages
+
+
 def play(env: Env, start: Start, actions: Iterable[Message], *, until_over: bool = True) -> Episode:
     """An episode that says ``actions``, then nothing until it is over."""
     opening = env.reset(seed=SEED, options=start.options)
@@ -188,7 +201,7 @@ def _probes(env: Env, start: Start) -> Iterator[tuple[str, Sequence[Message]]]:
 
 def _copied_result(env: Env, start: Start) -> list[Message]:
     """Gold's calls, then their last result as it stands; [] where there is none, or gold says just that."""
-    gold = list(env.gold(start.task))
+    gold = gold_of(env, start.task)
     calling = [place for place, message in enumerate(gold, start=1) if message.tool_calls]
     calls, answer = gold[: max(calling, default=0)], gold[-1:]
     if not calls or play(env, start, calls, until_over=False).over:

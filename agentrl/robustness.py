@@ -14,7 +14,7 @@ from typing import Any
 
 from agentrl.env import Env
 from agentrl.errors import ToolError, WorldError
-from agentrl.probes import SEED, Start, Subject, Unsound, play, require
+from agentrl.probes import SEED, Start, Subject, Unsound, gold_of, play, require
 from agentrl.tool_env import ToolEnv
 from agentrl.tools import Tool
 from agentrl.types import CallStatus, Message, ToolCall
@@ -164,7 +164,7 @@ def _good_calls(subject: Subject) -> Iterator[tuple[Start, list[ToolCall]]]:
         env.action_space.seed(SEED)
         drawn = (env.action_space.sample() for _ in range(_RANDOM_ACTIONS))
         calls: dict[str, ToolCall] = {}
-        for message in (*env.gold(start.task), *drawn):
+        for message in (*gold_of(env, start.task), *drawn):
             for call in message.tool_calls:
                 calls.setdefault(call.name, call)
         if env.tools:

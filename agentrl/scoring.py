@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agentrl.probes import Start, Subject, Unsound, play, require
+from agentrl.probes import Start, Subject, Unsound, gold_of, play, require
 from agentrl.reward import as_score
 from agentrl.types import Score
 
@@ -22,20 +22,22 @@ _ROUNDING = 1e-9  # between two sums of the same rewards
 def gold_scores_the_maximum(subject: Subject) -> str:
     """Gold ends its episode, scores more than an empty message, and no less than any probe."""
     for start, worth in subject.worths:
-        gold = play(subject.env, start, subject.env.gold(start.task), until_over=False)
+        gold = play(subject.env, start, gold_of(subject.env, start.task), until_over=False)
         ended = bool(gold.steps) and gold.steps[-1][2]
         require(ended, start.task, "the episode goes on, or was truncated, after the last message of gold")
         nothing = worth["an empty message"]
+        note = gold.steps[-1][4].get("reward_note")
+        why = f" ({note})" if note else ""
         require(
             gold.total > nothing,
             start.task,
-            f"gold scores {gold.total:g}, an empty message {nothing:g}: gold must score more",
+            f"gold scores {gold.total:g}{why}, an empty message {nothing:g}: gold must score more",
         )
         for name, value in worth.items():
             require(
                 gold.total >= value - _ROUNDING,
                 start.task,
-                f"gold scores {gold.total:g}, less than {name}: {value:g}",
+                f"gold scores {gold.total:g}{why}, less than {name}: {value:g}",
             )
     return f"gold of {len(subject.worths)} tasks"
 
@@ -69,7 +71,7 @@ def scoring_twice_agrees(subject: Subject) -> str:
     """Asked again about the same conversation, ``score()`` says the same."""
     count = 0
     for start in subject.starts:
-        for said in (subject.env.gold(start.task), ()):
+        for said in (gold_of(subject.env, start.task), ()):
             play(subject.env, start, said)
             first, second = _score(subject), _score(subject)
             require(

@@ -26,7 +26,7 @@ from agentrl.errors import ToolError, WorldError
 from agentrl.reward import Evidence
 from agentrl.tool_env import ToolEnv
 from agentrl.tools import Tool, tool
-from agentrl.types import Message, Task, ToolCall
+from agentrl.types import Message, Score, Task, ToolCall
 
 
 class Sound(ToolEnv):
@@ -77,6 +77,12 @@ class HidesValidity(Sound):
         return (*step, info)  # type: ignore[return-value]
 
 
+class ShowsWhatItDoesNotKeep(Sound):
+    async def astep(self, action: Message) -> Step:
+        observation, *rest = await super().astep(action)
+        return ((*observation, Message("user", "Go on.")), *rest)  # type: ignore[return-value]
+
+
 class DescribesNonsense(Sound):
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -98,6 +104,33 @@ class DeclaresWithoutReason(Sound):
     declared: ClassVar = {"read": " "}
 
 
+class Count(Env):
+    splits = ("all",)
+
+    def tasks(self, split: str) -> Iterable[Task]:
+        for index in itertools.count():
+            yield Task(id=str(index), prompt=(Message("user", f"{index}?"),), truth={"answer": str(index)})
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (Message("assistant", task.id),)
+
+    def step(self, action: Message) -> Step:
+        self.accept(action)
+        solved = action.content == self.task.truth["answer"]
+        return self.transition(score=float(solved), stop_reason="solved" if solved else "")
+
+
+class ForgetsWhatWasSaid(Count):
+    def step(self, action: Message) -> Step:
+        solved = action.content == self.task.truth["answer"]
+        return self.transition(score=float(solved), stop_reason="solved" if solved else "")
+
+
+class AwaitsNothing(Count):
+    def astep(self, action: Message) -> Step:  # type: ignore[override]
+        return self.step(action)
+
+
 # -- isolation --
 
 
@@ -113,6 +146,15 @@ class RemembersEpisodes(Sound):
     def gold(self, task: Task) -> Sequence[Message]:
         first, last = super().gold(task)
         return (first, first, last)
+
+
+class ShufflesItsTasks(Sound):
+    turns = itertools.count()
+
+    def tasks(self, split: str) -> Iterable[Task]:
+        tasks = list(super().tasks(split))
+        first = next(self.turns) % len(tasks)  # in place of random.shuffle, which may leave all as it was
+        return tasks[first:] + tasks[:first]
 
 
 class IgnoresItsSeed(Sound):
@@ -326,6 +368,7 @@ class RepeatsArguments(Sound):
     async def astep(self, action: Message) -> Step:
         observation, *rest = await super().astep(action)
         said = [Message("user", f"You asked for {call.arguments}.") for call in action.tool_calls]
+        self._messages.extend(said)
         return ((*observation, *said), *rest)  # type: ignore[return-value]
 
 
@@ -378,11 +421,19 @@ def test_a_sound_environment_passes_every_check() -> None:
 UNSOUND: Sequence[tuple[Callable[[], Env], str, str]] = [
     (WarnsGymnasium, "follows gymnasium", "Official support for the `seed` function is dropped"),
     (HidesValidity, "tells what its spaces promise", "task 'ape': info lacks is_valid"),
+    (ForgetsWhatWasSaid, "tells what its spaces promise", "shows 0 messages, env.messages has 1, not 2"),
+    (
+        ShowsWhatItDoesNotKeep,
+        "tells what its spaces promise",
+        "shows 2 messages, env.messages has 3, not 4",
+    ),
+    (AwaitsNothing, "tells what its spaces promise", "and rollouts await it: write 'async def astep'"),
     (DescribesNonsense, "describes its tools", "the parameters of read are no JSON schema"),
     (RepeatsTasks, "keeps its splits apart", "task 'test-ape' of 'test' lies in 'train' as well"),
     (DeclaresNoProbe, "declares what there is", "did you mean 'a list of guesses'?"),
     (DeclaresWithoutReason, "declares what there is", "declared['read'] is empty"),
     (RemembersEpisodes, "repeats itself", "task 'ape': episodes with the same seed and actions differ"),
+    (ShufflesItsTasks, "repeats itself", "tasks('train'), read again, has another id at 0"),
     (IgnoresItsSeed, "draws by its seed", "reset draws the same episode with each of 20 seeds"),
     (NumbersItself, "starts siblings alike", "task 'ape': siblings with the same seed and options"),
     (KeepsNotesOnItsClass, "keeps episodes apart", "another one while task"),
@@ -475,6 +526,27 @@ def test_gold_that_does_not_end_its_episode_is_found() -> None:
     assert "the episode goes on" in str(report)
 
 
+@pytest.mark.parametrize("wrong", [None, Message("assistant", "ape"), ("ape",)])
+def test_gold_that_is_no_sequence_of_messages_is_named(wrong: Any) -> None:
+    class Wrong(Sound):
+        def gold(self, task: Task) -> Any:
+            return wrong
+
+    details = set(failed(check(Wrong)).values())
+    assert any(
+        f"gold(task) returned {wrong!r}: it is a sequence of assistant messages" in text for text in details
+    )
+    assert len(details) <= 3, details  # with those of what plays gold elsewhere
+
+
+def test_the_rewards_note_says_why_gold_scores_nothing() -> None:
+    class Explains(HasWrongGold):
+        def reward(self, evidence: Evidence) -> Score:  # type: ignore[override]
+            return Score(super().reward(evidence), note="no such animal")
+
+    assert "gold scores 0 (no such animal), an empty message 0" in str(check(Explains))
+
+
 def test_a_program_that_makes_the_world_fail_is_found() -> None:
     class Falls(Sound):
         def as_submission(self, task: Task, code: str) -> Sequence[Message]:
@@ -530,22 +602,6 @@ def test_a_slow_environment_is_measured_as_long_as_time_allows(monkeypatch: pyte
     monkeypatch.setattr(resources, "_LONGEST_S", -1.0)
     details = {row.name: row.detail for row in check(Sound).rows}
     assert details["keeps memory flat"] == details["keeps descriptors flat"] == "50 episodes"
-
-
-class Count(Env):
-    splits = ("all",)
-
-    def tasks(self, split: str) -> Iterable[Task]:
-        for index in itertools.count():
-            yield Task(id=str(index), prompt=(Message("user", f"{index}?"),), truth={"answer": str(index)})
-
-    def gold(self, task: Task) -> Sequence[Message]:
-        return (Message("assistant", task.id),)
-
-    def step(self, action: Message) -> Step:
-        self.accept(action)
-        solved = action.content == self.task.truth["answer"]
-        return self.transition(score=float(solved), stop_reason="solved" if solved else "")
 
 
 def test_an_endless_plain_environment_is_checked_too() -> None:
