@@ -1,8 +1,9 @@
 r"""A mathematical answer against the truth, by math-verify in killable worker processes.
 
 1.0 where what stands in ``\boxed{...}`` equals the truth as mathematics (fractions, roots, sets, intervals,
-matrices, equations, units), else 0.0. Only the last assistant message counts, outside its thinking, and of
-several boxes there the worst: a list of guesses is not an answer.
+matrices, equations, units), else 0.0. Where the truth is a number, an answer is one, not an expression for
+it: ``agentrl.rewards.verification`` says what that means. Only the last assistant message counts, outside its
+thinking, and of several boxes there the worst: a list of guesses is not an answer.
 
 An answer may be built to stall: ``10^{10^{10}}`` never ends and ``((9!)!)!`` eats all memory. Going over the
 deadline or the memory cap is the policy's fault: 0.0, with part ``limit`` 1 where the worker had to be
@@ -11,6 +12,9 @@ configuration in a process share the same workers.
 """
 
 from __future__ import annotations
+
+import math
+from decimal import Decimal
 
 from agentrl.answers import boxed_answers, truth_of
 from agentrl.errors import BadConfig, BadData
@@ -55,7 +59,9 @@ class Boxed:
             memory_mib=self.memory_mib,
             probe=_PROBE,
         )
-        outcome = pool.call({"truth": str(truth), "answers": answers})
+        is_float = isinstance(truth, float) and math.isfinite(truth)
+        text = f"{Decimal(str(truth)):f}" if is_float else str(truth)  # in digits: str(1e22) is 1e+22
+        outcome = pool.call({"truth": text, "answers": answers})
         if isinstance(outcome, Limit):
             return _score(limit=1.0, note=f"checking the answer hit a limit: {outcome.kind}")
         if outcome.value == "no truth":
