@@ -1,8 +1,9 @@
 r"""A number against a number, exactly or under a tolerance.
 
 1.0 where the answer's number is the truth's, else 0.0. Numbers are integers, decimals, ``1,234``, ``2.5e3``,
-``-3/4``, ``\frac{3}{4}`` and ``1\frac{3}{4}`` (7/4), with an optional dollar sign; they are compared as exact fractions and nothing
-is evaluated. Units, per cent signs and arithmetic are not numbers: for those there is ``boxed``.
+``-3/4``, ``\frac{3}{4}`` and ``1\frac{3}{4}`` (7/4), with an optional dollar sign; they are compared as exact
+fractions and nothing is evaluated. Units, per cent signs and arithmetic are not numbers: for those there is
+``boxed``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Does a program pass the task's tests? 1.0 where it passes all, or the share that it passes.
 
 The program is the last block fenced as Python in the last assistant message, outside its thinking, else the
-last one fenced without a language, or the whole message where it has no fence at all. It runs in a sandbox, and the verdict is reached outside of it
-(``agentrl.judge``). What a submission runs into is its own doing; where the world fails twice, SandboxLost is
-raised, and there is no score. All rewards of one configuration in a process share one judge.
+last one fenced without a language, or the whole message where it has no fence at all. It runs in a sandbox,
+and the verdict is reached outside of it (``agentrl.judge``). What a submission runs into is its own doing;
+where the world fails twice, SandboxLost is raised, and there is no score. All rewards of one configuration in
+a process share one judge.
 """
 
 from __future__ import annotations
