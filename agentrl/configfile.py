@@ -284,6 +284,10 @@ def _allowed(place: tuple[str, ...], message: str) -> str:
         section = section and _child(section, name)
     if section is not None:
         return f"be a mapping with keys of {', '.join(section.model_fields)}"
+    if place == ("name",):
+        return (
+            f"{message[message.find('match') :]}: set name=..., which is the file's stem where it is not set"
+        )
     words = {"Field required": "have more items", "valid tuple": "list", " after validation": ""}
     for pydantic, ours in words.items():
         message = message.replace(pydantic, ours)

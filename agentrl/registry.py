@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Kind",
+    "check_sandbox",
     "list_environments",
     "list_rewards",
     "list_sandboxes",
@@ -85,6 +86,10 @@ def register(name: str, target: str | Callable[..., Any], kind: Kind = "environm
         raise UserError(f"can't register {name!r} as {kind!r}: a kind is one of {', '.join(_CATALOGUE)}")
     if not name or set(name) & set(":/\\"):
         raise UserError(f"can't register the name {name!r}: a name is not empty and has no ':' or '/'")
+    if not callable(target) and not (isinstance(target, str) and ":" in target):
+        raise UserError(
+            f"can't register {target!r} as the {kind} {name!r}: give a class, a factory or 'module:Name'"
+        )
     taken = _registered[kind].get(name, _CATALOGUE[kind].get(name, target))
     if taken != target:
         raise UserError(f"the {kind} name {name!r} is taken by {taken!r}: choose another name")
@@ -159,6 +164,12 @@ def make_sandbox(name: str | Backend | Callable[..., Backend], **kwargs: Any) ->
     return cast("Backend", made)
 
 
+def check_sandbox(name: str) -> None:
+    """Raises UnknownName where ``name`` is not "auto", for the strongest one, and leads to no backend."""
+    if name != "auto":
+        _resolve(name, "sandbox")
+
+
 def _register_with_gymnasium() -> None:
     """Make the catalogue known to ``gymnasium.make``, as "agentrl/Calculator-v0" for example; idempotent."""
     for gymnasium_id, name in _GYMNASIUM_IDS.items():
@@ -186,14 +197,10 @@ def _resolve(name: Any, kind: Kind) -> Any:
         return _load(target, kind)
     for point in entry_points(group=f"agentrl.{kind}s", name=name):
         return _load(point.value, kind)
+    hint = did_you_mean(name, _names(kind)) or f"; there are {', '.join(_names(kind))}."
     raise UnknownName(
-        f"no {kind} named {name!r}{did_you_mean(name, _names(kind)) or _known(_names(kind))}. "
-        "Your own: 'package.module:Name' or 'path/to/file.py:Name'."
+        f"no {kind} named {name!r}{hint} Your own: 'package.module:Name' or 'path/to/file.py:Name'."
     )
-
-
-def _known(names: tuple[str, ...]) -> str:
-    return f"; there are {', '.join(names)}"
 
 
 def _load(target: str, kind: Kind) -> Any:
@@ -205,10 +212,20 @@ def _load(target: str, kind: Kind) -> Any:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
         public = [name for name, value in vars(module).items() if _is_defined_in(module, name, value)]
+        hint = _found_elsewhere(module, place, attribute) + did_you_mean(attribute, public)
         raise UnknownName(
-            f"no {kind} {attribute!r} in {place}{did_you_mean(attribute, public)}; "
+            f"no {kind} {attribute!r} in {place}{hint}; "
             f"it defines {', '.join(public) or 'nothing that can be named'}"
         ) from None
+
+
+def _found_elsewhere(module: Any, place: str, attribute: str) -> str:
+    """Where a module lies that was named and is not the file of its name here, which is meant perhaps."""
+    file, here = getattr(module, "__file__", None), Path(f"{place}.py")
+    if place.endswith(".py") or (file is not None and Path(file).resolve() == here.resolve()):
+        return ""
+    meant = f", so for the file here write './{here}:{attribute}'" if here.is_file() else ""
+    return f" ({file or 'built into Python'}{meant})"
 
 
 def _is_defined_in(module: Any, name: str, value: Any) -> bool:

@@ -23,6 +23,7 @@ __all__ = ["Files", "Hub", "Row", "Source", "find_source", "text_of"]
 Row = Mapping[str, Any]
 
 _BLANK = b" \t\r\n\xef\xbb\xbf"  # white space, and the mark that some editors put in front
+_SUFFIXES = (".json", ".jsonl", ".gz")  # of files, and of no data set on the hub
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -117,6 +118,8 @@ def find_source(
                 f"{asked_by}(dataset={dataset!r}, splits=...): a file has no splits; give its folder"
             )
         return Files(str(path), {"test" if path.name.partition(".")[0] == "test" else "train": path})
+    if path.suffix in _SUFFIXES:
+        raise BadData(f"no such file: {dataset}; check the path, seen from {Path.cwd()}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", dataset) and not dataset.startswith((".", "~")):
         name, _, subset = dataset.partition(":")
         return Hub(name, subset or None, splits or {"train": "train", "test": "test"})

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from agentrl.env import Step
 from agentrl.errors import ToolError, UserError
+from agentrl.registry import check_sandbox
 from agentrl.sandbox import Limits, Sandbox
 from agentrl.sandboxing.backends import limits_of, shared_backend
 from agentrl.threads import in_thread
@@ -49,6 +50,7 @@ class SessionEnv(ToolEnv):
         if seconds is not None and not 0 < seconds < 3600:
             raise UserError(f"{name}(seconds={seconds}): it lies between 0 and 3600")
         self.seconds = self.seconds if seconds is None else seconds
+        check_sandbox(sandbox)
         self.limits = limits_of(self.session_limits, limits, asked_by=name)
         self.sandbox = sandbox
         self._session: Sandbox | None = None

@@ -25,7 +25,7 @@ from agentrl.env import Step
 from agentrl.errors import BadConfig, BadData, UserError, did_you_mean
 from agentrl.evalplus import plus_problem
 from agentrl.judge import Problem, problem_to_json
-from agentrl.registry import make_reward
+from agentrl.registry import check_sandbox, make_reward
 from agentrl.reward import Evidence, Reward, as_score
 from agentrl.rows import Files, Hub, Row, find_source
 from agentrl.sandbox import Limits, Sandbox
@@ -87,6 +87,7 @@ class Code(ToolEnv):
                     f"Code(columns=...) has {name!r}{did_you_mean(name, COLUMNS)}; "
                     f"it takes {', '.join(COLUMNS)}"
                 )
+        check_sandbox(sandbox)
         self._source, selected = _source(dataset, splits)
         self.splits = tuple(self._source.splits)  # type: ignore[misc]  # which they are depends on the data
         self._read = functools.partial(

@@ -247,3 +247,17 @@ def test_a_reward_is_a_name_a_class_or_a_function(module: Path) -> None:
 
 def test_gymnasium_knows_the_catalogue() -> None:
     assert {"agentrl/Calculator-v0", "agentrl/Math-v0"} <= set(gymnasium.registry)
+
+
+@pytest.mark.parametrize("target", [None, "calculator", 3])
+def test_what_can_not_be_made_is_not_registered(target: Any) -> None:
+    with pytest.raises(UserError, match="give a class, a factory or 'module:Name'"):
+        registry.register("s", target)
+    assert "s" not in registry.list_environments()
+
+
+def test_a_hint_ends_its_sentence() -> None:
+    with pytest.raises(UnknownName, match=r"did you mean 'calculator'\? Your own: 'package"):
+        registry.make("calculater")
+    with pytest.raises(UnknownName, match=r"workspace\. Your own: 'package"):
+        registry.make("zzz")

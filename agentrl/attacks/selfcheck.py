@@ -23,7 +23,7 @@ from agentrl.attacks.catalogue import COMMANDS
 from agentrl.attacks.scenarios import SCENARIOS
 from agentrl.attacks.stage import Stage
 from agentrl.attacks.verdict_trials import CONTROLS, verdict_trials
-from agentrl.errors import AgentRLError, BadConfig
+from agentrl.errors import AgentRLError, BadConfig, did_you_mean
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend
 
@@ -140,9 +140,15 @@ def _checks(adversarial: bool) -> Iterator[Check]:
 
 
 def _chosen(checks: Iterable[Check], only: Sequence[str]) -> list[Check]:
-    found = [check for check in checks if not only or check.name in only or check.group in only]
+    known = list(checks)
+    found = [check for check in known if not only or check.name in only or check.group in only]
     if not found:
-        raise BadConfig(f"nothing of the self-check has the name or the group {', '.join(only)}")
+        groups = ", ".join(dict.fromkeys(check.group for check in known))
+        hint = did_you_mean(only[0], [name for check in known for name in (check.name, check.group)])
+        raise BadConfig(
+            f"nothing of the self-check has the name or the group {', '.join(only)}{hint}; the groups are "
+            f"{groups}; those of attacks need --adversarial"
+        )
     return found
 
 
