@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 
 from agentrl.config import RunConfig, dump_config
+from agentrl.files import writing
 from agentrl.log import Display, RunFolder, RunLog
 from agentrl.models import default_device, load_tokenizer
 from agentrl.preflight import check_run
@@ -116,8 +117,9 @@ async def _trace(trainer: Trainer, step: int, path: Path) -> None:
         await _step(trainer, step)
     finally:
         await in_compute_thread(profiler.stop)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
 
 
 def bench_table(report: BenchReport) -> list[Table]:

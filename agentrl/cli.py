@@ -7,9 +7,8 @@ its traceback. What loads torch is imported by the command that needs it, so ``-
 
 from __future__ import annotations
 
-import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -18,12 +17,14 @@ import typer
 from typer.core import TyperGroup
 
 from agentrl.errors import BadConfig, Diverged, TooManyInvalid, UserError, WorldError, WrongWeights
+from agentrl.files import check_output, write_json
 from agentrl.sandbox_cli import sandbox_app
 from agentrl.stop_signal import Interrupted
 
 if TYPE_CHECKING:
     from agentrl.engine import Sampling
     from agentrl.env import Env
+    from agentrl.log import Display
 
 __all__ = ["app", "main"]
 
@@ -150,7 +151,8 @@ def evaluate(
         ).to_json()
     display.show(evaluation_table(result, title=f"{env}, {split}"))
     if json_path is not None:
-        _write_json(json_path, result)
+        write_json(json_path, result)
+    _say_what_failed(result, display)
 
 
 @app.command()
@@ -172,6 +174,8 @@ def bench(
     from agentrl.configfile import load_config
 
     config = load_config(target, settings or (), model=model)
+    check_output(profile, key="--profile")
+    check_output(json_path, key="--json")
     from agentrl.bench import bench, bench_table
     from agentrl.log import Display
 
@@ -180,7 +184,7 @@ def bench(
         for table in bench_table(report):
             display.show(table)
     if json_path is not None:
-        _write_json(json_path, report.to_json())
+        write_json(json_path, report.to_json())
 
 
 @app.command()
@@ -204,11 +208,6 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
     Console().print(table)
     if not report.ok:
         raise typer.Exit(1)
-
-
-def _write_json(path: Path, report: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 @app.command("list")
@@ -272,16 +271,24 @@ def _check_evaluation(
     """The environment's arguments, once what can be wrong is known to be right without loading torch."""
     from agentrl.configfile import parse_assignments
     from agentrl.modelfiles import find_model_config, find_model_files
-    from agentrl.preflight import check_splits, check_writable
+    from agentrl.preflight import check_splits
     from agentrl.registry import make
 
     args = parse_assignments(settings or ())
     with closing(make(env, **args)) as made:
         check_splits(made, [split])
     (find_model_files if weights else find_model_config)(model)
-    if json_path is not None:
-        check_writable(json_path.parent, key="--json")
+    check_output(json_path, key="--json")
     return args
+
+
+def _say_what_failed(result: Mapping[str, Any], display: Display) -> None:
+    """Note the world's commonest failure. Raises TooManyInvalid where it left no figure."""
+    failure = result.get("failure", "")
+    if all(figure is None for name, figure in result.items() if name.startswith("pass@")):
+        raise TooManyInvalid(f"no figure is left: {failure}. Repair that and measure again")
+    if failure:
+        display.note(f"of the invalid episodes {failure}")
 
 
 def _sampling(max_tokens: int, temperature: float, *, top_p: float, top_k: int) -> Sampling:

@@ -21,6 +21,7 @@ from agentrl.config import EngineConfig, RolloutConfig
 from agentrl.engine import Adapter, Engine, Sampling
 from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData
+from agentrl.faults import commonest_failure
 from agentrl.models import (
     context_length,
     default_device,
@@ -29,6 +30,7 @@ from agentrl.models import (
     load_tokenizer,
     stop_token_ids,
 )
+from agentrl.preflight import check_bare
 from agentrl.registry import make
 from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.seeds import derive
@@ -55,6 +57,7 @@ class Evaluation:
     counts: tuple[TaskCount, ...]  # (P,) in the order of the tasks
     k: tuple[int, ...]  # what to report pass@k for
     mean_return: float | None  # over valid episodes; None where there is none
+    failure: str = ""  # the commonest of the world's, where episodes are invalid
 
     @property
     def reports(self) -> dict[str, PassReport]:
@@ -73,7 +76,7 @@ class Evaluation:
             "tasks": first.tasks,
             "samples": self.counts[0].valid + self.counts[0].invalid,
             "invalid": first.invalid,
-            **({"bounds": qualifiers} if qualifiers else {}),
+            **({"bounds": qualifiers, "failure": self.failure} if qualifiers else {}),
         }
 
 
@@ -105,9 +108,8 @@ class Measurement:
 
 
 def _evaluation(kept: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(
-        tuple(TaskCount(**count) for count in kept["counts"]), tuple(kept["k"]), kept["mean_return"]
-    )
+    counts = tuple(TaskCount(**count) for count in kept["counts"])
+    return Evaluation(**{**kept, "counts": counts, "k": tuple(kept["k"])})
 
 
 def evaluation_plans(*, split: str, tasks: int, samples: int, seed: int) -> list[EpisodePlan]:
@@ -128,6 +130,7 @@ def evaluation_plans(*, split: str, tasks: int, samples: int, seed: int) -> list
 
 def tasks_available(env: Env, split: str, *, wanted: int) -> int:
     """``wanted``, or fewer where ``split`` has fewer tasks. Raises BadData for an empty split."""
+    check_bare(env)
     tasks = env.task_list(split)
     available = len(tasks) if isinstance(tasks, Sequence) else len(tasks.first(wanted))
     if not available:
@@ -150,7 +153,8 @@ async def run_evaluation(
     groups = await rollouts.groups(plans, sampling=sampling, on_episode=on_episode)
     returns = [trajectory.reward for group in groups for trajectory in group.valid]
     counts = tuple(_count(group, success) for group in groups)
-    return Evaluation(counts, tuple(k), float(np.mean(returns)) if returns else None)
+    mean_return = float(np.mean(returns)) if returns else None
+    return Evaluation(counts, tuple(k), mean_return, commonest_failure(groups))
 
 
 def _count(group: Group, success: float) -> TaskCount:
@@ -296,5 +300,6 @@ def _factory(
     made = make(environment, **args)
     if environment is not made:
         return lambda: make(environment, **args)
+    check_bare(made)
     # What task lists are remembered by stays one object: a copy of it would have them read again.
     return lambda: copy.deepcopy(made, {id(made._settings): made._settings})

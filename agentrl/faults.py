@@ -25,6 +25,7 @@ __all__ = [
     "as_fault",
     "blamed_on",
     "check_invalid",
+    "commonest_failure",
     "count_call",
     "healed",
     "in_line",
@@ -135,11 +136,19 @@ def check_invalid(groups: Sequence[Group], *, most: float) -> None:
     invalid = [trajectory for trajectory in episodes if not trajectory.valid]
     if len(invalid) <= most * len(episodes):
         return
+    raise TooManyInvalid(
+        f"the world failed {len(invalid)} of {len(episodes)} episodes of a step, and rollout.max_invalid "
+        f"allows a share of {most:g}; {commonest_failure(groups)}. Repair that and go on with --resume, or "
+        "raise rollout.max_invalid"
+    )
+
+
+def commonest_failure(groups: Sequence[Group]) -> str:
+    """At which boundary the most invalid episodes failed, and the last one's message; "" where none did."""
+    invalid = [each for group in groups for each in group.trajectories if not each.valid]
+    if not invalid:
+        return ""
     ((cause, count),) = Counter(trajectory.fault for trajectory in invalid).most_common(1)
     last = next(trajectory for trajectory in reversed(invalid) if trajectory.fault == cause)
     said = last.faults[-1].message if last.faults else "it said nothing"
-    raise TooManyInvalid(
-        f"the world failed {len(invalid)} of {len(episodes)} episodes of a step, and rollout.max_invalid "
-        f"allows a share of {most:g}; {count} failed at the boundary {cause!r}, the last one, of task "
-        f"{last.task_id!r}, with: {said}. Repair that and go on with --resume, or raise rollout.max_invalid"
-    )
+    return f"{count} failed at the boundary {cause!r}, the last one, of task {last.task_id!r}, with: {said}"

@@ -6,15 +6,27 @@ kill or a crash at any instant leaves the old one, the new one, or a name that n
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from agentrl.errors import CannotWrite
+from agentrl.errors import BadConfig, CannotWrite
 
-__all__ = ["PARTIAL", "remove_folder", "write_folder", "write_text", "writing"]
+__all__ = [
+    "PARTIAL",
+    "check_output",
+    "check_writable",
+    "remove_folder",
+    "write_folder",
+    "write_json",
+    "write_text",
+    "writing",
+]
 
 PARTIAL = ".partial"  # ends the name of what is being written or removed
 
@@ -47,6 +59,41 @@ def write_text(path: Path, text: str) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def check_writable(folder: Path, *, key: str) -> None:
+    """Raises BadConfig where nothing can be written in ``folder``, which need not exist; ``key`` is what sets
+    it."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise BadConfig(
+            f"can't write in {folder}: {nearest}: {error.strerror}; "
+            f"set {key} to a folder that you may write in"
+        ) from None
+
+
+def check_output(file: Path | None, *, key: str) -> None:
+    """Raises BadConfig where ``file`` can't be written, which need not exist; ``key`` is what names it."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise BadConfig(f"{key} names {file}, a folder: name a file, like {file / 'report.json'}")
+    if not file.exists():  # what is there may be written where its folder may not, like /dev/stdout
+        check_writable(file.parent, key=key)
+    elif not os.access(file, os.W_OK):
+        raise BadConfig(f"can't write {file}: set {key} to a file that you may write")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a report, which may be a pipe, its folder made. Raises CannotWrite."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:

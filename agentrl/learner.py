@@ -39,7 +39,7 @@ from agentrl.seeds import derive
 from agentrl.stopwatch import Stopwatch
 from agentrl.types import FloatArray, Sample
 
-__all__ = ["Learner", "Optimization", "adapt", "learning_rate_factor"]
+__all__ = ["Learner", "Optimization", "adapt", "check_targets", "learning_rate_factor"]
 
 _FIGURES = (
     "time/score_s",
@@ -369,7 +369,7 @@ def adapt(model: Any, lora: LoraConfig, *, seed: int) -> Any:
     import peft
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    _check_targets(model, targets)
+    check_targets(model, targets)
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -382,7 +382,7 @@ def adapt(model: Any, lora: LoraConfig, *, seed: int) -> Any:
         return peft.get_peft_model(model, config)
 
 
-def _check_targets(model: Any, targets: str | Sequence[str]) -> None:
+def check_targets(model: Any, targets: str | Sequence[str]) -> None:
     """Raises BadConfig for a name of no layer: PEFT overlooks it beside others that are there."""
     names = [f".{name}" for name, _ in model.named_modules()]
     for target in () if isinstance(targets, str) else targets:

@@ -53,6 +53,7 @@ __all__ = [
     "Row",
     "RunFolder",
     "RunLog",
+    "read_object",
     "read_rows",
     "transcript",
     "truncate_after",
@@ -266,7 +267,18 @@ def read_rows(folder: RunFolder) -> list[Row]:
     if not folder.metrics.is_file():
         return []
     lines = folder.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-    return [_read_object(line, where=f"{folder.metrics}, line {n}") for n, line in enumerate(lines, 1)]
+    return [read_object(line, where=f"{folder.metrics}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def read_object(text: str, *, where: str) -> Row:
+    """The JSON object that ``text`` is. Raises BadData, which names its place ``where``."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadData(f"{where} is not JSON: {error}; it must be one JSON object") from None
+    if not isinstance(value, dict):
+        raise BadData(f"{where} holds {value!r}; it must be one JSON object")
+    return value
 
 
 def truncate_after(folder: RunFolder, step: int) -> None:
@@ -341,16 +353,6 @@ def _begin_anew(folder: RunFolder) -> None:
 def _write_all(file: BinaryIO, data: bytes) -> None:
     while data:  # an unbuffered file may take a part
         data = data[file.write(data) :]
-
-
-def _read_object(line: str, *, where: str) -> Row:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadData(f"{where} is not JSON: {error}; a row is one JSON object") from None
-    if not isinstance(value, dict):
-        raise BadData(f"{where} holds {value!r}; a row is one JSON object")
-    return value
 
 
 def _finite(value: float) -> float | None:

@@ -8,7 +8,6 @@ first ones are known.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import islice
@@ -17,14 +16,15 @@ from pathlib import Path
 from agentrl.chats import Chats
 from agentrl.config import RunConfig
 from agentrl.env import Env
-from agentrl.errors import BadConfig, BadData
+from agentrl.errors import BadConfig, BadData, UserError
+from agentrl.files import check_writable
 from agentrl.memory import available_mib, check_memory, plan_memory
 from agentrl.modelfiles import ModelFiles, find_model_files
 from agentrl.parsers import VLLM_PREFIX, get_parser
 from agentrl.registry import make
 from agentrl.types import Task
 
-__all__ = ["check_run", "check_splits", "check_writable"]
+__all__ = ["check_bare", "check_run", "check_splits"]
 
 _LOOKED_AT = 1024  # tasks of a split among which the longest prompt is sought
 
@@ -40,6 +40,8 @@ def check_run(config: RunConfig, *, device: str = "cpu") -> None:
         model = None if config.model.path is None else find_model_files(config.model.path)
         if model is not None:
             _check_context(config, model)
+        if model is not None or config.model.tiny is not None:
+            _check_layers(config)
         # Before the tokenizer is loaded: where the weights alone are too large, that is the news.
         _check_memory(config, model, device=device)
         if config.model.path is not None:
@@ -47,30 +49,25 @@ def check_run(config: RunConfig, *, device: str = "cpu") -> None:
             _check_memory(config, model, device=device, opening_tokens=tokens)
 
 
+def check_bare(env: Env) -> None:
+    """Raises UserError for a wrapped environment."""
+    if not hasattr(env, "task_list"):
+        inner = type(env.unwrapped).__name__
+        raise UserError(
+            f"{type(env).__name__} around {inner}: rollouts run the environment itself, where a wrapper of "
+            f"Gymnasium's has no effect; give {inner}, and set its max_turns or end the episode in its step"
+        )
+
+
 def check_splits(env: Env, splits: Iterable[str]) -> None:
-    """Raises BadData for a split that is unknown, can't be read or holds no task."""
+    """Raises BadData for a split that is unknown, can't be read or holds no task, UserError for a wrapper."""
+    check_bare(env)
     for split in splits:
         if not _first_tasks(env, split, 1):
             raise BadData(
                 f"the split {split!r} of {type(env.unwrapped).__name__} has no tasks: fill it, or choose "
                 f"another of {', '.join(env.splits)}"
             )
-
-
-def check_writable(folder: Path, *, key: str) -> None:
-    """Raises BadConfig where nothing can be written in ``folder``, which need not exist; ``key`` is what sets
-    it."""
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise BadConfig(
-            f"can't write in {folder}: {nearest}: {error.strerror}; "
-            f"set {key} to a folder that you may write in"
-        ) from None
 
 
 def _first_tasks(env: Env, split: str, count: int) -> list[Task]:
@@ -84,6 +81,30 @@ def _check_context(config: RunConfig, model: ModelFiles) -> None:
             f"rollout.max_episode_tokens is {wanted}, and the positions of the model in {model.folder} reach "
             f"{reach} tokens: lower it to at most {reach}, or take another model"
         )
+
+
+def _check_layers(config: RunConfig) -> None:
+    """Raises BadConfig for layers to adapt that the model, built without its weights, does not have."""
+    targets = config.lora.target_modules
+    if isinstance(targets, str):
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from agentrl.learner import check_targets
+    from agentrl.models import load_settings
+
+    if config.model.tiny is not None:
+        settings = AutoConfig.for_model("qwen3", num_hidden_layers=config.model.tiny.layers)
+    else:
+        assert config.model.path is not None
+        settings = load_settings(config.model.path).config
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings)
+    except (ValueError, RuntimeError):  # what is wrong with the model is said where it is loaded
+        return
+    check_targets(model, targets)
 
 
 def _check_memory(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +79,9 @@ def selfcheck(
     from rich.text import Text
 
     from agentrl.attacks.selfcheck import self_check
+    from agentrl.files import check_output, write_json
 
+    check_output(json_path, key="--json")
     console = Console()
 
     def note(row: Row) -> None:
@@ -95,7 +96,6 @@ def selfcheck(
     console.print(table)
     console.print(", ".join(f"{count} {result}" for result, count in report.counts.items()))
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(json_path, report.to_json())
     if not report.ok:
         raise typer.Exit(1)

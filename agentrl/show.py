@@ -6,20 +6,20 @@ is shown without one; a metric that was not finite is left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.console import Group as Lines
-from rich.console import RenderableType
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from agentrl.errors import UnknownName, did_you_mean
-from agentrl.log import Display, Phase, Row, RunFolder, read_rows
+from agentrl.errors import BadData, UnknownName, did_you_mean
+from agentrl.log import Display, Phase, Row, RunFolder, read_object, read_rows
 from agentrl.transcript import message_from_json, to_ansi
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 32  # characters of a sparkline
+_SHOWN = ("task_id", "messages", "reward", "score", "stop_reason", "valid", "fault")  # of a transcript
 _REWARD, _HELD_OUT = "reward/mean", "eval/pass@1"  # the curve's metrics; an interval is at _low and _high
 
 
@@ -50,7 +51,8 @@ def find_run(name: str, *, output: str = "runs") -> RunFolder:
 def show_run(folder: RunFolder, display: Display, *, transcripts: int = 2) -> None:
     """Print the summary, the metrics and the last ``transcripts`` episodes."""
     if folder.summary.is_file():
-        display.show(summary_table(json.loads(folder.summary.read_text(encoding="utf-8"))))
+        text = folder.summary.read_text(encoding="utf-8", errors="replace")
+        display.show(summary_table(read_object(text, where=str(folder.summary))))
     rows = read_rows(folder)
     display.show(metrics_table(rows) if rows else "no step is finished yet")
     for episode in _last_episodes(folder, transcripts):
@@ -96,15 +98,28 @@ def metrics_table(rows: Sequence[Row]) -> Table:
     steps = sum(row["phase"] == "train" for row in rows)
     table = Table(title=f"metrics of {steps} steps", title_justify="left")
     table.add_column("metric", no_wrap=True)
-    table.add_column("first", justify="right")
-    table.add_column("last", justify="right")
-    table.add_column("course", no_wrap=True)
+    table.add_column("first", justify="right", no_wrap=True)
+    table.add_column("last", justify="right", no_wrap=True)
+    table.add_column("course")  # the one that gives way on a narrow terminal
     keys = sorted({key for row in rows for key in row} - {"phase", "step"})
     for key in keys:
         values = [row[key] for row in rows if row.get(key) is not None]
         if values:
-            table.add_row(key, f"{values[0]:.4g}", f"{values[-1]:.4g}", sparkline(values))
+            table.add_row(key, f"{values[0]:.4g}", f"{values[-1]:.4g}", _Course(values))
     return table
+
+
+class _Course:
+    """A sparkline as wide as there is room for it."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = values
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, min(_WIDTH, len(self._values)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(sparkline(self._values, width=min(_WIDTH, options.max_width)))
 
 
 def sparkline(values: Sequence[float], *, width: int = _WIDTH) -> str:
@@ -194,9 +209,20 @@ def _last_episodes(folder: RunFolder, count: int) -> list[dict[str, Any]]:
     for path in sorted(folder.trajectories.glob("step_*.jsonl"), reverse=True):
         if len(episodes) >= count:
             break
-        lines = path.read_text(encoding="utf-8").splitlines()
-        episodes += [json.loads(line) | {"step": int(path.stem.removeprefix("step_"))} for line in lines]
+        step = int(path.stem.removeprefix("step_"))
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if line:
+                episodes.append(_read_episode(line, where=f"{path}, line {number}") | {"step": step})
     return episodes[:count]
+
+
+def _read_episode(line: str, *, where: str) -> dict[str, Any]:
+    """A line that ``agentrl.log.transcript`` wrote. Raises BadData."""
+    episode = read_object(line, where=where)
+    if lacking := [key for key in _SHOWN if key not in episode]:
+        raise BadData(f"{where} has no {lacking[0]!r}: it is no transcript; remove the line")
+    return episode
 
 
 def _episode(episode: Mapping[str, Any]) -> RenderableType:

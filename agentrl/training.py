@@ -11,7 +11,6 @@ numbers where its engine is deterministic and nothing runs ahead.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,11 +25,11 @@ from agentrl.checkpoint import Checkpoints, Saved, State
 from agentrl.config import RunConfig, dump_config
 from agentrl.configfile import load_config
 from agentrl.env import Env
-from agentrl.errors import BadConfig, BadData
+from agentrl.errors import BadConfig, BadData, UserError
 from agentrl.evaluation import Evaluation, Measurement, compare
 from agentrl.files import write_text, writing
 from agentrl.heldout import HeldOut
-from agentrl.log import Display, RunFolder, RunLog, read_rows
+from agentrl.log import Display, RunFolder, RunLog, read_object, read_rows
 from agentrl.models import default_device, load_tokenizer
 from agentrl.preflight import check_run
 from agentrl.prepare import prepare_base
@@ -68,6 +67,7 @@ def train(
     """
     if accept and not resume:
         raise BadConfig(f"accept is {list(accept)} without resume, where nothing is compared: add --resume")
+    _check_named(source)
     config = source if isinstance(source, RunConfig) else load_config(source, overrides, model=model)
     check_run(config, device=default_device())
     with StopSignal() as stop:
@@ -76,6 +76,18 @@ def train(
         except KeyboardInterrupt:
             Display().note("interrupted; the same command with --resume goes on from what was saved last")
             raise
+
+
+def _check_named(source: Any) -> None:
+    """Raises UserError for an environment that is no name, by which a resumed run could find it again."""
+    section = source.get("environment") if isinstance(source, Mapping) else source
+    given = section.get("id") if isinstance(section, Mapping) else section
+    if callable(given) or isinstance(given, Env):
+        name = getattr(given, "__name__", type(given).__name__)
+        raise UserError(
+            f"train can't take {given!r}: a run that is resumed finds its environment by a name; write "
+            f"'module:{name}', or agentrl.register({name.lower()!r}, {name}) and then {name.lower()!r}"
+        )
 
 
 class _Run:
@@ -95,7 +107,9 @@ class _Run:
         changed = self._changes(saved) if self._resume else []
         if self._resume and self._folder.summary.is_file() and not changed:
             Display().note(f"{self._folder.root} is finished already: see its summary.json")
-            return dict(json.loads(self._folder.summary.read_text(encoding="utf-8")))
+            return read_object(
+                self._folder.summary.read_text(encoding="utf-8"), where=str(self._folder.summary)
+            )
         if any(key.startswith(_MEASURED) for key in changed):
             self._folder.before.unlink(missing_ok=True)
         self._process = await self._restored_process(saved)
@@ -136,6 +150,8 @@ class _Run:
 
     def _find_saved(self) -> Saved | None:
         """The checkpoint to go on behind."""
+        if not self._folder.config.is_file():
+            Display().note(f"there is no run in {self._folder.root} to go on with: a new one begins")
         path = self._checkpoints.latest(on_damage=Display().note)
         return self._checkpoints.read(path) if path else None
 

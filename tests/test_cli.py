@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import socket
 import sys
@@ -107,6 +108,51 @@ def test_eval_prints_its_table_and_writes_its_report(
     assert evaluate.called is not None
     (env,), options = evaluate.called
     assert (env, options["k"], options["n"], options["args"]) == ("calculator", (1, 2), 2, {"levels": [1]})
+
+
+class FakeFailure(FakeEvaluation):
+    """What the world left of an evaluation; of ``figure``, pass@1."""
+
+    def __init__(self, figure: Any) -> None:
+        self._figure = figure
+
+    def to_json(self) -> dict[str, Any]:
+        bounds = {"pass@1": {"best": 1.0, "worst": 0.0}}
+        said = "5 failed at the boundary 'sandbox', the last one, of task 'a', with: no engine"
+        return super().to_json() | {
+            "pass@1": self._figure,
+            "invalid": 0.01,
+            "bounds": bounds,
+            "failure": said,
+        }
+
+
+def test_eval_says_why_episodes_were_lost_and_fails_where_no_figure_is_left(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    figure = {"value": 0.5, "low": 0.25, "high": 0.75}
+    for left, exit_code in ((figure, 0), (None, 1)):
+        _stand_in(monkeypatch, "evaluate", FakeFailure(left))
+        result = _agentrl("eval", "calculator", "--model", tiny_checkpoint)
+        assert result.exit_code == exit_code, result.output
+        assert "5 failed at the boundary 'sandbox'" in result.output
+    assert result.stderr.startswith("TooManyInvalid: no figure is left: 5 failed")
+
+
+def test_a_report_may_go_down_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    _stand_in(monkeypatch, "evaluate", FakeEvaluation())
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        result = _agentrl("eval", "calculator", "--model", tiny_checkpoint, "--json", pipe)
+        assert result.exit_code == 0, result.output
+        assert json.loads(os.read(reader, 1 << 16))["tasks"] == 3
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_eval_takes_the_engine_key_by_key(

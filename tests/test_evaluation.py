@@ -81,6 +81,9 @@ def test_passes_are_counted_and_the_worlds_faults_left_out(scripted_engine: Any,
     assert (first.invalid, first.headline) == (pytest.approx(2 / 12), None)
     figures = evaluation.to_json()
     assert (figures["pass@1"], figures["tasks"], figures["samples"]) == (None, 3, 4)
+    assert figures["failure"] == (
+        "2 failed at the boundary 'reward', the last one, of task 'test-1', with: as you wish"
+    )
     assert figures["bounds"]["pass@1"] == {"best": pytest.approx(1.5 / 3), "worst": pytest.approx(1 / 3)}
 
 
@@ -122,7 +125,7 @@ def test_a_split_may_have_fewer_tasks_than_wanted_but_not_none(sums: type[Env]) 
 
 
 def test_a_measurement_is_read_back_as_it_was(tmp_path: Path) -> None:
-    sampled = Evaluation((count("a", 4, 1), count("b", 3, 3, 1)), (1, 2), 0.5)
+    sampled = Evaluation((count("a", 4, 1), count("b", 3, 3, 1)), (1, 2), 0.5, "1 failed")
     greedy = Evaluation((count("a", 1, 1), count("b", 1, 0)), (1,), 0.5)
     for measurement in (Measurement(sampled, greedy), Measurement(sampled)):
         measurement.write(tmp_path / "before.json")

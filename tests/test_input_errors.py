@@ -92,6 +92,17 @@ class Case:
 
 
 _ECHO_FILE = {"echo_env.py": _ECHO}
+_WRAPPED = _ECHO_FILE | {
+    "wrapped.py": """\
+import gymnasium
+from echo_env import Echo
+
+
+def limited():
+    return gymnasium.wrappers.TimeLimit(Echo(), 2)
+"""
+}
+_NO_WRAPPER = ("UserError: TimeLimit around Echo: rollouts run the environment itself", "max_turns")
 _GOOD: Callable[[Path], None] = lambda folder: None  # noqa: E731
 
 CASES: dict[str, Case] = {
@@ -410,6 +421,65 @@ CASES: dict[str, Case] = {
         ("can't write in file", "set --json to"),
         {"file": "a file\n"},
         model=_GOOD,
+    ),
+    "a report that is a folder": Case(
+        "eval calculator --model model --json folder",
+        ("--json names folder, a folder", "folder/report.json"),
+        {"folder/a": ""},
+        model=_GOOD,
+    ),
+    "a bench's report that can't be written": Case(
+        "bench quickstart --json /proc/x/y", ("can't write in /proc/x", "set --json to")
+    ),
+    "a trace that can't be written": Case(
+        "bench quickstart --profile /proc/x/y", ("can't write in /proc/x", "set --profile to")
+    ),
+    "a self-check's report that can't be written": Case(
+        "sandbox selfcheck --backend process --json /proc/x/y", ("can't write in /proc/x", "set --json to")
+    ),
+    "a broken summary": Case(
+        "show run",
+        ("BadData", "run/summary.json is not JSON"),
+        {"run/config.yaml": "name: run\n", "run/summary.json": ""},
+    ),
+    "a check of the self-check that there is none of": Case(
+        "sandbox selfcheck --backend process --only nope",
+        ("nothing of the self-check has the name or the group nope", "the groups are", "--adversarial"),
+    ),
+    # -- sandboxes and wrappers --
+    "an unknown sandbox": Case(
+        "check python_tool sandbox=nope", ("no sandbox named 'nope'", "there are bubblewrap, docker")
+    ),
+    "an unknown sandbox of programs": Case(
+        "eval code sandbox=dokcer --model model", ("no sandbox named 'dokcer'", "'docker'"), model=_GOOD
+    ),
+    "a wrapped environment to check": Case("check wrapped.py:limited", _NO_WRAPPER, _WRAPPED),
+    "a wrapped environment to evaluate": Case(
+        "eval wrapped.py:limited --model model", _NO_WRAPPER, _WRAPPED, model=_GOOD
+    ),
+    "a wrapped environment to train on": Case(
+        "train wrapped.py:limited --model model", _NO_WRAPPER, _WRAPPED, model=_GOOD
+    ),
+    # -- names --
+    "a file with the name of a module of Python's": Case(
+        "check code:Shop",
+        ("no environment 'Shop' in code (/", "write './code.py:Shop'"),
+        {"code.py": "Shop = 1"},
+    ),
+    "a file of data that is not there": Case(
+        "check math dataset=d/nope.jsonl", ("BadData: no such file: d/nope.jsonl", "seen from")
+    ),
+    "a file whose name is no run's": Case(
+        "train './my run.yaml'", ("name is 'my run'", "set name=..."), {"my run.yaml": _RUN}
+    ),
+    "a layer that the model does not have": Case(
+        "train calculator --model model rollout.max_episode_tokens=512 lora.target_modules=[q_prj]",
+        ("lora.target_modules has 'q_prj'", "did you mean 'q_proj'?"),
+        model=_GOOD,
+    ),
+    "a layer that no tiny model has": Case(
+        "train quickstart lora.target_modules=[q_prj]",
+        ("lora.target_modules has 'q_prj'", "did you mean 'q_proj'?"),
     ),
 }
 

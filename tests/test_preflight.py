@@ -12,7 +12,8 @@ from agentrl.config import RunConfig
 from agentrl.configfile import load_config
 from agentrl.env import Env
 from agentrl.errors import BadConfig, BadData
-from agentrl.preflight import check_run, check_splits, check_writable
+from agentrl.files import check_writable
+from agentrl.preflight import check_run, check_splits
 from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
 

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console, RenderableType
 
-from agentrl.errors import UnknownName
+from agentrl.errors import BadData, UnknownName
 from agentrl.log import Display, Row, RunFolder
 from agentrl.show import (
     evaluation_table,
@@ -125,6 +125,28 @@ def test_an_evaluation_without_a_headline_shows_what_it_could_be() -> None:
 def test_metrics_show_first_last_and_course() -> None:
     line = next(line for line in _text(metrics_table(_rows())).splitlines() if "reward/mean" in line)
     assert [cell.strip() for cell in line.strip("│").split("│")] == ["reward/mean", "0.1", "1", "▁▂▃▃▅▆▆▇█"]
+
+
+def test_on_a_narrow_terminal_the_course_gives_way_and_no_figure_does() -> None:
+    key = "loss/a_metric_with_a_long_name_of_its_own"
+    rows: list[Row] = [{"phase": "train", "step": step, key: 1.1934e-05 / step} for step in range(1, 41)]
+    seen = io.StringIO()
+    Console(file=seen, width=80).print(metrics_table(rows))
+    (line,) = (line for line in seen.getvalue().splitlines() if "loss/" in line)
+    name, first, last, course = (cell.strip() for cell in line.strip("│").split("│"))
+    assert (name, first, last) == (key, "1.193e-05", "2.983e-07")
+    assert course[0] == "█"
+
+
+@pytest.mark.parametrize("text", ["", "{torn", "[]"])
+def test_a_broken_file_of_a_run_is_named_with_its_line(run: RunFolder, text: str) -> None:
+    with run.transcripts(1).open("a") as file:
+        file.write(text or "{}")
+    with pytest.raises(BadData, match=r"step_000001\.jsonl, line 2"):
+        _shown(run)
+    run.summary.write_text(text)
+    with pytest.raises(BadData, match=r"summary\.json"):
+        _shown(run)
 
 
 def test_a_sparkline_is_as_wide_as_asked_for_and_flat_where_nothing_changes() -> None:

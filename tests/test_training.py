@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import agentrl
 from agentrl.engine import Adapter
-from agentrl.errors import BadConfig, CannotWrite, WorldError
+from agentrl.errors import BadConfig, CannotWrite, UserError, WorldError
 from agentrl.evaluation import Measurement, compare
 from agentrl.learner import Learner, Optimization
 from agentrl.log import Row, RunFolder, RunLog, read_rows
@@ -124,6 +124,24 @@ class Counted(Letters):
 
     def gold(self, task: Task) -> Sequence[Message]:
         return (Message("assistant", "a"),)
+
+
+@pytest.mark.parametrize("given", [Counted, {"environment": Counted}, {"environment": {"id": Counted()}}])
+def test_an_environment_without_a_name_is_refused(given: Any) -> None:
+    with pytest.raises(UserError, match=r"'module:Counted', or agentrl\.register\('counted', Counted\)"):
+        agentrl.train(given)
+
+
+def test_resuming_a_run_that_there_is_none_of_says_that_a_new_one_begins(
+    config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def stop(*args: Any, **kwargs: Any) -> None:
+        raise BadConfig("far enough")
+
+    monkeypatch.setattr("agentrl.training.prepare_base", stop)
+    with pytest.raises(BadConfig, match="far enough"):
+        agentrl.train(config("typo"), resume=True)
+    assert "typo to go on with: a new one begins" in capsys.readouterr().out
 
 
 def test_a_tiny_model_reads_a_stream_of_few_tasks_again(config: Callable[..., dict[str, Any]]) -> None:
