@@ -79,6 +79,9 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        splits: object = cls.splits
+        if isinstance(splits, str):
+            raise UserError(f"{cls.__name__}: splits is a tuple of names; write splits = ({splits!r},)")
         cls._task_lists = _TaskLists()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Env:
@@ -152,7 +155,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
     def task_list(self, split: str) -> TaskList:
         """``tasks(split)`` for reading by index, shared between environments of equal settings.
 
-        Raises BadData for a split that is not in ``splits``.
+        Raises BadData for a split that is not in ``splits``, UserError where ``tasks`` returns none.
         """
         if split not in self.splits:
             raise BadData(
@@ -161,11 +164,26 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
             )
         lists, key = type(self)._task_lists, (split, self._settings)
         if key not in lists or getattr(lists[key], "failed", None):
-            tasks = self.tasks(split)
+            tasks = self._read_tasks(split)
             while len(lists) >= _KEPT_TASK_LISTS:
                 lists.pop(next(iter(lists)), None)
-            lists[key] = tasks if isinstance(tasks, Sequence) else TaskStream(tasks)
+            lists[key] = tasks
         return lists[key]
+
+    def _read_tasks(self, split: str) -> TaskList:
+        where = f"in tasks({split!r}) of environment {type(self).__qualname__}"
+        with _noting(where):
+            tasks = self.tasks(split)
+        if isinstance(tasks, Sequence):
+            return tasks
+        try:
+            rest = iter(tasks)
+        except TypeError:
+            raise UserError(
+                f"tasks({split!r}) of {type(self).__qualname__} returned {tasks!r}: return a list of Task, "
+                "or yield each"
+            ) from None
+        return TaskStream(_noted(rest, where))
 
     def find_task(self, task_id: str) -> Task:
         """The task with this id, of whatever split. Raises UserError where there is none.
@@ -180,13 +198,20 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
             f"{type(self).__name__} has no task with the id {task_id!r} in {', '.join(self.splits)}"
         )
 
+    def check_made(self) -> None:
+        """Raise UserError where the ``__init__`` of a derived class left ours out."""
+        if "_running" not in vars(self):
+            raise UserError(f"{type(self).__qualname__}.__init__ must call super().__init__()")
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[Message, ...], dict[str, Any]]:
         """Begin an episode: of ``{"split", "index"}``, of ``{"task_id"}``, else drawn from the split.
 
-        Raises UserError for options that are unknown, do not fit together or point nowhere.
+        Raises UserError for options that are unknown, do not fit together or point nowhere, and where the
+        environment's ``__init__`` left ours out.
         """
+        self.check_made()
         super().reset(seed=seed)
         self._task = self._choose(options or {})
         self._messages = []
@@ -307,3 +332,17 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
             raise
         finally:
             self.at_boundary = "environment"
+
+
+@contextmanager
+def _noting(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(where)
+        raise
+
+
+def _noted(tasks: Iterator[Task], where: str) -> Iterator[Task]:
+    with _noting(where):
+        yield from tasks

@@ -50,6 +50,21 @@ def _frozen(values: Any, dtype: Any) -> Any:
     return array
 
 
+def _make_tuple(record: Any, name: str, kind: type) -> None:
+    """Turn a list in the field ``name`` into a tuple; refuse what else is no tuple of ``kind``."""
+    given = getattr(record, name)
+    if isinstance(given, (tuple, list)):
+        for item in given:
+            if not isinstance(item, kind):
+                break
+        else:
+            if isinstance(given, list):
+                object.__setattr__(record, name, tuple(given))
+            return
+    of = kind.__name__
+    raise TypeError(f"{name} is a tuple of {of}, not {given!r}: write {name}=({of}(...),), with the comma")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
     """One attempted call; a bad one is kept with its raw text, never dropped."""
@@ -76,10 +91,14 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in _ROLES:
             raise ValueError(f"role {self.role!r} is none of {', '.join(_ROLES)}")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(
-                f"a message of role {self.role!r} has tool_calls; only the assistant calls tools"
-            )
+        if self.tool_calls != ():
+            _make_tuple(self, "tool_calls", ToolCall)
+            if self.tool_calls and self.role != "assistant":
+                raise ValueError(
+                    f"a message of role {self.role!r} has tool_calls; only the assistant calls tools"
+                )
+        if not isinstance(self.content, str):
+            raise TypeError(f"the content of a message is a text, not {self.content!r}")
         if self.role == "tool" and self.tool_call_id is None:
             raise ValueError("a tool message needs the tool_call_id that it answers")
 
@@ -92,6 +111,11 @@ class Task:
     prompt: tuple[Message, ...]  # the opening messages
     truth: Mapping[str, Any] = field(default_factory=dict)  # what the reward compares with
     meta: Mapping[str, Any] = field(default_factory=dict)  # difficulty, source: never for the policy
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str):
+            raise TypeError(f"the id of a task is a text, not {self.id!r}: write str({self.id!r})")
+        _make_tuple(self, "prompt", Message)
 
 
 @dataclass(frozen=True, slots=True)

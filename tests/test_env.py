@@ -16,6 +16,7 @@ from desk import Desk, Echo, answer, begun, calls
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
+from agentrl.checks import check_environment
 from agentrl.env import Env, Step
 from agentrl.errors import BadData, UserError
 from agentrl.types import Message, Task, ToolCall
@@ -299,3 +300,47 @@ def test_each_render_mode_shows_the_conversation() -> None:
 def test_an_unknown_render_mode_is_refused() -> None:
     with pytest.raises(UserError, match="ansi, html or json"):
         Desk(render_mode="rgb_array")
+
+
+# An author's slips
+
+
+def test_tasks_that_are_none_or_fail_are_named_with_class_and_split() -> None:
+    class Forgets(Echo):
+        def tasks(self, split: str) -> Any:
+            [Task(id="a", prompt=())]
+
+    with pytest.raises(UserError, match=r"tasks\('all'\) of .*Forgets returned None: return a list of Task"):
+        Forgets().task_list("all")
+
+    class Fails(Echo):
+        def tasks(self, split: str) -> Any:
+            return [Task(id={}[split], prompt=())]
+
+    class FailsLater(Echo):
+        def tasks(self, split: str) -> Any:
+            yield Task(id={}[split], prompt=())
+
+    for fails in (Fails, FailsLater):
+        with pytest.raises(KeyError) as raised:
+            fails().reset()
+        (note,) = raised.value.__notes__
+        assert note.startswith("in tasks('all') of environment ")
+        assert note.endswith(f".{fails.__name__}")
+
+
+def test_an_init_that_leaves_ours_out_is_named() -> None:
+    class Hasty(Desk):
+        def __init__(self) -> None:
+            self.words = 0
+
+    message = r"Hasty.__init__ must call super\(\).__init__\(\)"
+    with pytest.raises(UserError, match=message):
+        Hasty().reset()
+    with pytest.raises(UserError, match=message):
+        check_environment(Hasty)
+
+
+def test_splits_that_are_one_text_are_refused() -> None:
+    with pytest.raises(UserError, match=r"Single: splits is a tuple of names; write splits = \('train',\)"):
+        type("Single", (Echo,), {"splits": "train"})
