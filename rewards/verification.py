@@ -74,7 +74,8 @@ _WRITTEN = re.compile(
 _NAME = re.compile(r"[\s({\[]*+\\?[A-Za-z]++(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))?\s*+(?:\([A-Za-z]\))?\s*+")
 _RELATED = re.compile(r"^\s*+[A-Za-z]\s*+\\(?:in|approx)(?![a-z])")
 _SEPARATOR = re.compile(r"[,;]|\\cup(?![a-z])|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
-_ROWS = re.compile(r"\\(?:begin|end)\s*\{[a-z]*matrix\}|\\\\|&")
+_MATRIX = re.compile(r"\\(?:begin|end)\s*\{[a-z]*matrix\}")
+_CELL_END = re.compile(r"\\\\|&")
 _TEXT = re.compile(r"\\(?:text[a-z]*|math[a-z]+|mbox|operatorname)\s*\{([^{}]*)\}")
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|q?quad)(?![a-z])|\\[,;:! ()]|~")
 _COMMAS = re.compile(r"(?<=[0-9])(?:\{,\}|,)\s*(?=[0-9]{3}(?![0-9]))")
@@ -210,7 +211,7 @@ def same_word(truth: str, answer: str) -> bool:
 def _is_written_out(text: str, truth: str) -> bool:
     r"""Is every number of ``text`` written out? The truth says whether ``=`` and ``\\`` have a meaning."""
     if "matrix" in truth:
-        text = _ROWS.sub(",", text).strip(" ,")
+        text = _CELL_END.sub(",", _MATRIX.sub(" ", text)).strip(" ,")
     text = _COMMAS.sub("", _LAYOUT.sub(" ", _TEXT.sub(_unit_or_inside, text)))
     return all(_is_number(piece, is_equation="=" in truth) for piece in _SEPARATOR.split(text))
 

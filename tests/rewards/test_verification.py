@@ -118,6 +118,7 @@ def test_an_equation_is_answered_by_a_name_and_a_number() -> None:
 def test_a_matrix_of_numbers_is_written_out() -> None:
     truth = r"\begin{pmatrix} 1 \\ 72 \end{pmatrix}"
     assert may_equal(truth, r"\begin{pmatrix} 1 \\ 72 \end{pmatrix}")
+    assert may_equal(truth, r"x = \begin{bmatrix} 1 \\ 72 \\ \end{bmatrix}")
     assert not may_equal(truth, r"\begin{pmatrix} 1 \\ 48 + 24 \end{pmatrix}")
 
 
