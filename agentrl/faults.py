@@ -75,7 +75,7 @@ class Ledger:
 
     faults: list[Fault] = field(default_factory=list)  # in the order in which they were met
     calls: Counter[str] = field(default_factory=Counter)  # by ``CALL_ENDS``
-    line: Line = field(default_factory=lambda: Line())
+    line: Line = field(default_factory=Line, compare=False, repr=False)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
