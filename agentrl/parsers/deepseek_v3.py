@@ -3,7 +3,8 @@
 V3: ``<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME``, a line break, the arguments as JSON in a fence of
 three backticks marked json, ``<｜tool▁call▁end｜>``. V3.1: ``<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}
 <｜tool▁call▁end｜>``. The tags around the list of calls belong to its first and its last call. The arguments
-are read as JSON, so a tag inside a string ends nothing; a bad call ends at the next tag.
+are read as JSON, so a tag inside a string ends nothing. A bad call ends with the tag behind its last brace
+where its brackets and quotes pair up, else at the next tag.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_arguments, to_parsed
-from agentrl.parsers.strict_json import decode
+from agentrl.parsers.reading import (
+    THOUGHTS,
+    Attempt,
+    compile_ends,
+    find_attempts,
+    find_end,
+    from_arguments,
+    to_parsed,
+)
+from agentrl.parsers.strict_json import InvalidJSON, decode
 
 __all__ = ["DeepSeekV3Parser"]
 
@@ -25,7 +34,7 @@ _OPEN: Final = "<｜tool▁call▁begin｜>"
 _SEPARATOR: Final = "<｜tool▁sep｜>"
 _CLOSE: Final = "<｜tool▁call▁end｜>"
 _MARKS = re.compile(rf"{_LIST_OPEN}(?:\s*+{_OPEN})?|{_OPEN}|{THOUGHTS}")
-_TAGS = re.compile(f"{_LIST_OPEN}|{_LIST_CLOSE}|{_OPEN}|{_CLOSE}|{THOUGHTS}")
+_ENDS = compile_ends(_LIST_OPEN, _LIST_CLOSE, _OPEN, _CLOSE)
 _AFTER = re.compile(rf"\s*+{_LIST_CLOSE}")
 # What stands before the arguments: with a fence the name comes after the separator, without one before it.
 _HEAD = re.compile(
@@ -50,23 +59,19 @@ class DeepSeekV3Parser:
 
 
 def _read(text: str, mark: re.Match[str]) -> tuple[Sequence[Attempt], int]:
-    tag = _TAGS.search(text, mark.end())
+    tag = find_end(text, mark.end(), ends=_ENDS)
     head = _HEAD.match(text, mark.end(), len(text) if tag is None else tag.start())
-    name, value, end, note = (
-        "",
-        None,
-        mark.end(),
-        "invalid call: a name, a separator and arguments are wanted",
-    )
+    name, value, end = "", None, mark.end()
+    note = "invalid call: a name, a separator and arguments are wanted"
     if head is not None:
         name = (head["name"] or head["first"]).strip()
         try:
             value, end = decode(text, head.end(), stop=len(text) if tag is None else tag.start())
             note = ""
-        except ValueError as error:
-            note = f"invalid JSON: {error}"
+        except InvalidJSON as error:
+            end, note = error.end or end, f"invalid JSON: {error}"
     if tag is not None and tag.start() < end:
-        tag = _TAGS.search(text, end)  # the first one was inside a JSON string
+        tag = find_end(text, end, ends=_ENDS)  # the first one was inside a JSON string
     fence = _FENCE.match(text, end) if head is not None and head["fence"] is not None else None
     rest = text[fence.end() if fence else end : len(text) if tag is None else tag.start()]
     if not note and rest.strip():

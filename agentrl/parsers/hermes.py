@@ -1,7 +1,8 @@
 """Hermes tool calls: ``<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>``.
 
 The format of Hermes, Qwen2.5 and Qwen3. A call is read from its opening tag as JSON, so a ``</tool_call>``
-inside a string does not end it; a bad call ends at the next tag, so its neighbours survive.
+inside a string does not end it. A bad call ends with the tag behind its last brace where its brackets and
+quotes pair up, else at the next tag, so its neighbours survive.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from dataclasses import replace
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_object, to_parsed
-from agentrl.parsers.strict_json import decode, skip_space
+from agentrl.parsers.reading import (
+    THOUGHTS,
+    Attempt,
+    compile_ends,
+    find_attempts,
+    find_end,
+    from_object,
+    to_parsed,
+)
+from agentrl.parsers.strict_json import InvalidJSON, decode, skip_space
 
 __all__ = ["HermesParser"]
 
 _OPEN: Final = "<tool_call>"
 _CLOSE: Final = "</tool_call>"
 _MARKS = re.compile(f"{_OPEN}|{THOUGHTS}")
-_TAGS = re.compile(f"{_OPEN}|{_CLOSE}|{THOUGHTS}")
+_ENDS = compile_ends(_OPEN, _CLOSE)
 
 
 class HermesParser:
@@ -39,14 +48,14 @@ class HermesParser:
 
 def _read(text: str, mark: re.Match[str]) -> tuple[Sequence[Attempt], int]:
     start = skip_space(text, mark.end())
-    tag = _TAGS.search(text, mark.end())
+    tag = find_end(text, mark.end(), ends=_ENDS)
     try:
         value, end = decode(text, start, stop=tag.start() if tag else len(text))
         note = ""
-    except ValueError as error:
-        value, end, note = None, mark.end(), f"invalid JSON: {error}"
+    except InvalidJSON as error:
+        value, end, note = None, error.end or mark.end(), f"invalid JSON: {error}"
     if tag is not None and tag.start() < end:
-        tag = _TAGS.search(text, end)  # the first one was inside a JSON string
+        tag = find_end(text, end, ends=_ENDS)  # the first one was inside a JSON string
     closed = tag is not None and tag[0] == _CLOSE
     stop = len(text) if tag is None else tag.end() if closed else tag.start()
     rest = text[end : tag.start() if tag else len(text)]

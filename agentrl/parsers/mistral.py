@@ -3,7 +3,8 @@
 Up to version 10 of its tokenizers: ``[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "..."}]``;
 the brackets and commas belong to the call before them, the opening ones to the first. From version 11:
 ``[TOOL_CALLS]add{"a": 1}``, where ``[CALL_ID]...`` and ``[ARGS]`` may follow the name. Neither has a closing
-tag: a call ends with its last brace, a bad one with the next object of the list or the next tag.
+tag: a call ends with its last brace, a bad one too where its brackets and quotes pair up; else it ends at the
+next object of the list or the next tag.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from dataclasses import replace
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, from_arguments, from_object, to_parsed
+from agentrl.parsers.reading import (
+    THOUGHTS,
+    Attempt,
+    compile_ends,
+    find_attempts,
+    find_end,
+    from_arguments,
+    from_object,
+    to_parsed,
+)
 from agentrl.parsers.strict_json import Extent, decode, find_extent
 from agentrl.types import CallStatus
 
@@ -23,6 +33,7 @@ __all__ = ["MistralParser"]
 
 _OPEN: Final = "[TOOL_CALLS]"
 _MARKS = re.compile(rf"\[TOOL_CALLS\]|{THOUGHTS}")
+_ENDS = compile_ends(r"\[TOOL_CALLS\]")
 _LIST = re.compile(r"\s*+\[\s*+(?=\{)")
 _OBJECT = re.compile(r"\s*+(?=\{)")
 # Neither a quote nor what stands behind one: a tag inside a cut JSON string begins no call.
@@ -54,7 +65,7 @@ def _read(text: str, mark: re.Match[str]) -> tuple[Sequence[Attempt], int]:
         return _read_list(text, mark, at=opened.end())
     bare = _OBJECT.match(text, mark.end())
     if bare is not None:
-        bound = _next_mark(text, mark.end())
+        bound = _find_bound(text, mark.end())
         attempt = _read_object(text, mark.start(), at=bare.end(), bound=bound)
     else:
         attempt = _read_named(text, mark)
@@ -70,7 +81,7 @@ def _read_named(text: str, mark: re.Match[str]) -> Attempt:
     status, value, note = _read_json(text, start, extent=extent)
     if status == "ok":
         return from_arguments((mark.start(), extent.stop), name, value, note=_NOTE)
-    stop = _next_mark(text, mark.end())
+    stop = _find_bound(text, mark.end()) if extent.fault else extent.stop
     said = text[start:stop]  # without the next call, which a missing quote may have swallowed
     if find_extent(said, 0).fault == "unclosed":
         status, note = "unclosed", _UNCLOSED
@@ -80,9 +91,9 @@ def _read_named(text: str, mark: re.Match[str]) -> Attempt:
 def _read_list(text: str, mark: re.Match[str], *, at: int) -> tuple[Sequence[Attempt], int]:
     """``[{...}, {...}]``, as up to version 10; ``at`` is the first object."""
     attempts: list[Attempt] = []
-    begin, bound = mark.start(), _next_mark(text, mark.end())
+    begin, bound = mark.start(), _find_bound(text, mark.end())
     while True:
-        bound = bound if bound >= at else _next_mark(text, at)
+        bound = bound if bound >= at else _find_bound(text, at)
         attempt = _read_object(text, begin, at=at, bound=bound)
         between = _BETWEEN.match(text, attempt.span[1])
         if between is None:
@@ -117,6 +128,7 @@ def _read_json(text: str, start: int, *, extent: Extent) -> tuple[CallStatus, An
     return "ok", value, ""
 
 
-def _next_mark(text: str, start: int) -> int:
-    mark = _MARKS.search(text, start)
-    return len(text) if mark is None else mark.start()
+def _find_bound(text: str, start: int) -> int:
+    """Where a bad call ends at the latest."""
+    end = find_end(text, start, ends=_ENDS)
+    return len(text) if end is None else end.start()

@@ -5,7 +5,8 @@ call before them, the opening ones to the first, and so do ``<|python_start|>`` 
 format has no tags of its own: a bracket begins calls where the name of a tool and a parenthesis follow, and
 at the start of a line also where it is any name with arguments by name, or without any. Other brackets are
 content.
-A call is complete with its closing parenthesis; after a bad one reading goes on at ``), name(``.
+A call is complete with its closing parenthesis. After a bad one reading goes on at ``), name(`` outside of
+strings, or wherever that stands once a quote has been met that nothing closes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from agentrl.parsers import Parsed
-from agentrl.parsers.literals import Literals, Malformed, Unclosed
-from agentrl.parsers.reading import THOUGHTS, Attempt, find_attempts, to_parsed
+from agentrl.parsers.literals import STRING, Literals, Malformed, Unclosed
+from agentrl.parsers.reading import THOUGHTS, Attempt, begins_line, find_attempts, to_parsed
 from agentrl.types import CallStatus
 
 __all__ = ["PythonicParser"]
@@ -36,7 +37,16 @@ _NEXT_CALL = re.compile(rf"\s*+,\s*+(?={_NAME}\()")
 _END = re.compile(r"\s*+,?+\s*+\](?:\s*+<\|python_end\|>)?+")
 # Where a bad call ends: before the comma of the next call, or before the end of the list.
 _SYNC = re.compile(rf"\)(?=\s*+,\s*+{_NAME}\(|\s*+,?+\s*+\])|{THOUGHTS}")
-_LINE_STARTS = ("\n", "</think>", "[/THINK]")
+# A single quote behind a letter is an apostrophe.
+_PIECES = re.compile(
+    rf"(?P<sync>{_SYNC.pattern})|(?:(?<!\w)|(?=\")){STRING}|\\.|(?P<unclosed>(?<!\w)'|\")", re.DOTALL
+)
+
+# A thought that ends in a bad call does so outside of the strings that are whole on one line.
+_CROSSED = re.compile(
+    rf"(?P<thought>{THOUGHTS})"
+    r"""|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*+"|(?<!\w)'[^'\\\n]*+(?:\\.[^'\\\n]*+)*+'|\\."""
+)
 
 
 class PythonicParser:
@@ -53,19 +63,22 @@ class PythonicParser:
         return f"[{name}({said})]"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Reading:
+    """One text's reading."""
+
     tools: Mapping[str, Any]
+    quotes_pair_up: bool = True  # as far as it was looked at
 
     def read(self, text: str, mark: re.Match[str]) -> tuple[Sequence[Attempt], int]:
         """The calls of the list that begins at ``mark``, if it is one."""
-        by_name = mark["named"] is not None and _begins_line(text, mark.start())
+        by_name = mark["named"] is not None and begins_line(text, mark.start())
         if mark["tag"] is None and mark["name"] not in self.tools and not by_name:
             return (), mark.end()
         attempts: list[Attempt] = []
         begin, at = mark.start(), mark.start("name")
         while True:
-            attempt = _read_call(text, begin, at=at)
+            attempt = self._read_call(text, begin, at=at)
             following = _NEXT_CALL.match(text, attempt.span[1])
             end = following or _END.match(text, attempt.span[1])
             begin = at = end.end() if end is not None else attempt.span[1]
@@ -73,19 +86,35 @@ class _Reading:
             if following is None:
                 return attempts, at
 
+    def _read_call(self, text: str, begin: int, *, at: int) -> Attempt:
+        """The call whose name is at ``at``; its span begins at ``begin``."""
+        head = _CALL.match(text, at)
+        assert head is not None  # both ways here have seen it
+        try:
+            arguments, end = _read_arguments(text, head.end())
+        except Malformed as error:
+            unclosed = isinstance(error, Unclosed)
+            status: CallStatus = "unclosed" if unclosed else "invalid_json"
+            note = f"the call does not end: {error}" if unclosed else f"invalid call: {error}"
+            pieces = _CROSSED.finditer(text, head.end(), error.at)
+            thought = next((piece for piece in pieces if piece["thought"]), None)
+            span = (begin, self._sync(text, error.at) if thought is None else thought.start())
+            return Attempt(span=span, name=head["name"], status=status, note=note)
+        return Attempt(span=(begin, end), name=head["name"], arguments=arguments)
 
-def _read_call(text: str, begin: int, *, at: int) -> Attempt:
-    """The call whose name is at ``at``; its span begins at ``begin``."""
-    head = _CALL.match(text, at)
-    assert head is not None  # both ways here have seen it
-    try:
-        arguments, end = _read_arguments(text, head.end())
-    except Malformed as error:
-        unclosed = isinstance(error, Unclosed)
-        status: CallStatus = "unclosed" if unclosed else "invalid_json"
-        note = f"the call does not end: {error}" if unclosed else f"invalid call: {error}"
-        return Attempt(span=(begin, _sync(text, error.at)), name=head["name"], status=status, note=note)
-    return Attempt(span=(begin, end), name=head["name"], arguments=arguments)
+    def _sync(self, text: str, at: int) -> int:
+        """Where a bad call ends of which all up to ``at`` is read."""
+        found: re.Match[str] | None = None
+        if self.quotes_pair_up:
+            pieces = _PIECES.finditer(text, at)
+            found = next((piece for piece in pieces if piece["sync"] or piece["unclosed"]), None)
+            # Never again: else as many bad calls before one quote would each be read up to it.
+            self.quotes_pair_up = found is None or found["unclosed"] is None
+        if not self.quotes_pair_up:
+            found = _SYNC.search(text, at)
+        if found is None:
+            return len(text)
+        return found.end() if found[0] == ")" else found.start()
 
 
 def _read_arguments(text: str, at: int) -> tuple[dict[str, Any], int]:
@@ -104,19 +133,6 @@ def _read_arguments(text: str, at: int) -> tuple[dict[str, Any], int]:
             raise literals.fault(at, "a comma or a closing parenthesis must follow a value")
         at = comma.end() if comma is not None else at
     return arguments, close.end()
-
-
-def _sync(text: str, at: int) -> int:
-    found = _SYNC.search(text, at)
-    if found is None:
-        return len(text)
-    return found.end() if found[0] == ")" else found.start()
-
-
-def _begins_line(text: str, start: int) -> bool:
-    """Nothing but blanks stands before ``start`` on its line or after a thought."""
-    before = text[max(start - 64, 0) : start].rstrip(" \t")
-    return not before or before.endswith(_LINE_STARTS)
 
 
 def _literal(value: Any) -> str:

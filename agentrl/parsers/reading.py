@@ -2,7 +2,9 @@
 
 A family gives the marks at which an attempt may begin and a function that reads one; here the text is walked,
 thoughts are left out and every attempt is kept. What stands in a thought (``<think>...</think>``, or all
-before a ``</think>`` whose opening tag was part of the prompt; Mistral writes ``[THINK]``) is content.
+before a ``</think>`` whose opening tag was part of the prompt; Mistral writes ``[THINK]``) is content. Where
+the text has opened or closed a thought already, a further ``</think>`` is only text, and so is a ``<think>``
+that nothing closes, unless the text begins with it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,22 @@ from agentrl.parsers import Parsed, ParsedCall
 from agentrl.parsers.strict_json import decode, skip_space
 from agentrl.types import CallStatus
 
-__all__ = ["THOUGHTS", "Attempt", "Reader", "find_attempts", "from_arguments", "from_object", "to_parsed"]
+__all__ = [
+    "THOUGHTS",
+    "Attempt",
+    "Reader",
+    "begins_line",
+    "compile_ends",
+    "find_attempts",
+    "find_end",
+    "from_arguments",
+    "from_object",
+    "to_parsed",
+]
 
 THOUGHTS: Final = r"</?think>|\[/?THINK\]"  # what a family's pattern of marks must find beside its own
 _CLOSING: Final[Mapping[str, str]] = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+_LINE_STARTS: Final = ("\n", *_CLOSING.values())
 _SHAPE: Final = 'a call is an object with "name", a string, and "arguments", an object'
 
 
@@ -43,20 +57,50 @@ def find_attempts(text: str, *, marks: re.Pattern[str], read: Reader) -> list[At
     """The attempts outside thoughts, in the order of the text."""
     found: list[Attempt] = []
     at = 0
+    lead: int | None = 0  # only white space and thoughts stand before it; None: a text has begun
+    last = {closing: text.rfind(closing) for closing in _CLOSING.values()}
+    thought = False  # one was opened or closed
     while (mark := marks.search(text, at)) is not None:
-        if mark[0] in _CLOSING:
-            closing = _CLOSING[mark[0]]
-            end = text.find(closing, mark.end())
-            if end < 0:
-                break
-            at = end + len(closing)
-        elif mark[0] in _CLOSING.values():
-            found.clear()  # the thought began in the prompt: all so far was part of it
+        closing = _CLOSING.get(mark[0])
+        if closing is not None:
+            leads = lead is not None and skip_space(text, lead) == mark.start()
             at = mark.end()
+            if last[closing] >= at:
+                thought, at = True, text.find(closing, at) + len(closing)
+            elif leads:
+                break
+            lead = at if leads else None
+        elif mark[0] in last:
+            at = mark.end()
+            if not thought:
+                found.clear()  # the thought began in the prompt: all so far was part of it
+                thought, lead = True, at
         else:
             attempts, at = read(text, mark)
             found += attempts
     return found
+
+
+def compile_ends(*tags: str, also: str = THOUGHTS) -> re.Pattern[str]:
+    """For find_end: where a bad call ends at the latest.
+
+    ``tags`` end it wherever they stand: a missing quote hides none. What ``also`` matches does outside of the
+    call's strings, as far as those are whole, on one line and without ``tags``. These begin with ``<``,
+    ``[``, ``;`` or a line break.
+    """
+    ends = "|".join(tags)
+    return re.compile(rf'(?P<end>{ends}|{also})|"(?:[^"\\\n<\[;]++|\\["\\]|(?!{ends})[^"\n])*+"|\\["\\]')
+
+
+def find_end(text: str, start: int, *, ends: re.Pattern[str]) -> re.Match[str] | None:
+    """Where the bad call whose content begins at ``start`` ends; ``ends`` are of compile_ends."""
+    return next((piece for piece in ends.finditer(text, start) if piece["end"] is not None), None)
+
+
+def begins_line(text: str, start: int, *, after: tuple[str, ...] = ()) -> bool:
+    """Nothing but blanks stands before ``start`` on its line, or behind a thought or one of ``after``."""
+    before = text[max(start - 64, 0) : start].rstrip(" \t")
+    return not before or before.endswith((*_LINE_STARTS, *after))
 
 
 def to_parsed(text: str, attempts: Sequence[Attempt], *, tools: Mapping[str, Any]) -> Parsed:

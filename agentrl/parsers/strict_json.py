@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-__all__ = ["Extent", "decode", "find_extent", "refuse_surrogates", "skip_space"]
+__all__ = ["Extent", "InvalidJSON", "decode", "find_extent", "refuse_surrogates", "skip_space"]
 
 _MAX_DEPTH: Final = 64  # deeper arguments would exhaust the stack of whoever walks them next
 _SPACE = re.compile(r"\s*+")
@@ -28,6 +28,14 @@ class Extent:
 
     stop: int  # its end; where there is a fault, what can't belong to it any more
     fault: Literal["", "unclosed", "invalid", "deep"] = ""  # unclosed: right so far, but brackets stay open
+
+
+class InvalidJSON(ValueError):
+    """No JSON stands there; the message is for the model."""
+
+    def __init__(self, message: str, *, end: int | None) -> None:
+        super().__init__(message)
+        self.end = end  # where its last bracket closes all the same; None where that can't be told
 
 
 def find_extent(text: str, start: int) -> Extent:
@@ -63,25 +71,28 @@ def _is_cut(text: str, at: int) -> bool:
 def decode(text: str, start: int, *, stop: int) -> tuple[Any, int]:
     """The JSON value at ``start`` and where it ends; an object that does not end is read up to ``stop``.
 
-    Raises ValueError with a note for the model.
+    Raises InvalidJSON.
     """
-    end = stop
+    end = None
     if text[start : start + 1] in ("{", "["):
         extent = find_extent(text, start)
         if extent.fault == "deep":
-            raise ValueError(f"nested more than {_MAX_DEPTH} deep")
-        end = stop if extent.fault else extent.stop
+            raise InvalidJSON(f"nested more than {_MAX_DEPTH} deep", end=None)
+        end = None if extent.fault else extent.stop
+    stop = stop if end is None else end
     try:
         value = json.loads(
-            text[start:end],
+            text[start:stop],
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
+        refuse_surrogates(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at character {error.pos}") from error
-    refuse_surrogates(value)
-    return value, end
+        raise InvalidJSON(f"{error.msg} at character {error.pos}", end=end) from error
+    except ValueError as error:
+        raise InvalidJSON(str(error), end=end) from error
+    return value, stop
 
 
 def refuse_surrogates(value: Any) -> None:

@@ -58,3 +58,9 @@ def test_a_tag_inside_a_string_ends_no_call() -> None:
 @pytest.mark.parametrize("cut", [ALL, ALL + OPEN, f"{OPEN}function{SEPARATOR}ad", FENCED[: -len(CLOSE)]])
 def test_a_cut_call_is_unclosed(cut: str) -> None:
     assert [call[1] for call in outcomes(cut)] == ["unclosed"]
+
+
+def test_a_bad_call_whose_brackets_and_quotes_pair_up_ends_behind_them() -> None:
+    bad = f'{OPEN}search{SEPARATOR}{{"q": "one\n{OPEN}add{SEPARATOR}{{}}{CLOSE}"}}{CLOSE}'
+    assert outcomes(f"{bad}{BARE}") == [("search", "invalid_json", None), ADDED]
+    assert parse(f"{bad} Done.").content == "Done."

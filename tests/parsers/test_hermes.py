@@ -119,6 +119,25 @@ def test_a_closing_tag_inside_a_string_does_not_end_the_call() -> None:
 
 
 @pytest.mark.parametrize(
+    "body",
+    [
+        '{"name": "add", "arguments": {"n": 1, "n": 2, "q": "see </tool_call> tag"}}',
+        '{"name": "add", "arguments": {"q": "two\nlines and </tool_call>"}}',
+        '{"name": "add", "arguments": {"q": "<tool_call>{}</tool_call>",}}',
+        '{"name": "add", "arguments": {"q": "</tool_call>", "n": 1e999}}',
+    ],
+)
+def test_a_bad_call_whose_brackets_and_quotes_pair_up_ends_behind_them(body: str) -> None:
+    call = only(f"<tool_call>{body}</tool_call> Done.")
+    assert (call.status, call.raw) == ("invalid_json", f"<tool_call>{body}</tool_call>")
+
+
+def test_the_note_of_a_bad_call_is_about_its_fault_and_not_about_a_tag_in_its_string() -> None:
+    call = only('<tool_call>{"name": "add", "arguments": {"a": "</think>", "b": x}}</tool_call>')
+    assert call.note == "invalid JSON: Expecting value at character 52"
+
+
+@pytest.mark.parametrize(
     "bad",
     ["<tool_call>{}}</tool_call>", '<tool_call>{"name": "x</tool_call>', "<tool_call>{", "<tool_call>[1, 2"],
 )
@@ -169,6 +188,7 @@ def test_a_number_of_ten_thousand_digits_is_invalid() -> None:
     ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_call>{",
      '<tool_call>{"', '<tool_call>{"a\\"',
      '<tool_call>["",', '<tool_call>{"a": "', "<tool_call> ", "<tool_call>\n", "<tool_call>1", "{", '"', "\\",
+     '<tool_call>x\\"</think>', "<think></think>", "x <think>", '<tool_call>"\\"</think>',
      GOOD, "<tool_call>{}", '<tool_call>{"x": [{"', "<tool_call></think>", "<think><tool_call>"],
 )  # fmt: skip
 def test_time_is_linear_in_the_text(unit: str) -> None:

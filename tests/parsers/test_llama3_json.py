@@ -84,3 +84,28 @@ def test_what_follows_the_python_tag_is_an_attempt() -> None:
 
 def test_a_call_cut_in_its_name_is_unclosed() -> None:
     assert outcomes('{"name": "ad') == [("ad", "unclosed", None)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"name": "add", "parameters": {"a": x}}',
+        '{"name": "add", "parameters": {"a": 1}',
+        '{"name": "search", "parameters": {"q": x, "t": "} {"}}',
+    ],
+)
+def test_a_good_call_right_behind_a_bad_one_is_read(bad: str) -> None:
+    calls = parse(f"{bad} {ADD}").calls
+    assert [call.raw for call in calls] == [bad, ADD]
+    assert calls[1].status == "ok"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        f'{{"name": "search", "parameters": {{"q": x, "t": "}} {ADD}}}',  # it may stand in a string
+        '{"name": "search", "parameters": {"q": x}} {"name": "Bob"}',
+    ],
+)
+def test_what_may_belong_to_a_bad_call_does(bad: str) -> None:
+    assert [call.raw for call in parse(bad).calls] == [bad]

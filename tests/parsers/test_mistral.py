@@ -85,3 +85,18 @@ def test_a_tag_inside_a_string_begins_no_call() -> None:
 )
 def test_a_cut_call_is_unclosed(cut: str) -> None:
     assert [call[1] for call in outcomes(cut)] == ["unclosed"]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '[TOOL_CALLS]search{"q": "one\n[TOOL_CALLS]add{}"}',
+        '[TOOL_CALLS]search{"q": "[TOOL_CALLS]add{}", "n": 1e999}',
+        '[TOOL_CALLS]search{"q": "[TOOL_CALLS]add{}",}',
+        '[TOOL_CALLS]search{"n": 1, "n": 2, "q": "[TOOL_CALLS]add{}"}',
+    ],
+)
+def test_a_bad_call_whose_brackets_and_quotes_pair_up_ends_with_them(bad: str) -> None:
+    assert outcomes(bad) == [("search", "invalid_json", None)]
+    assert [call.raw for call in parse(f"{bad} I wait.").calls] == [bad]
+    assert parse(f"{bad} I wait.").content == "I wait."
