@@ -24,8 +24,13 @@ TAGS = [
     "\n```json\n", "\n```",
     "{", "}", "[", "]", "'", '"', "\\", "\n", " ", "é🙂", "1", "x",
 ]  # fmt: skip
-# The XML format escapes nothing: a value can't spell the end of itself or the beginning of a call.
-AMBIGUOUS = re.compile(r"</parameter>\s*<(?:parameter=|/function>\s*</tool_call>)|<tool_call>\s*<function=")
+# The XML format escapes nothing: a value can't spell the end of itself or the beginning of a call. When
+# one is cut, the end of a thought and a call behind it look as if the thought had begun in the prompt.
+AMBIGUOUS = re.compile(
+    r"</parameter>\s*<(?:parameter=|/function>\s*<(?:/tool_call>|tool_call>|function=))"
+    r"|<tool_call>\s*<function=|(?:</?think>|\[/?THINK\]).*<function=",
+    re.DOTALL,
+)
 
 texts = st.text(max_size=12) | st.lists(st.sampled_from(TAGS), max_size=5).map("".join)
 strings = texts.filter(lambda text: not AMBIGUOUS.search(text))
@@ -127,6 +132,56 @@ def test_a_call_in_a_thought_is_no_call(family: str) -> None:
     assert (len(parsed.calls), parsed.content) == (1, f"<think>perhaps {said}</think>")
     assert len(parse(family, f"perhaps {said}</think>\n{said}").calls) == 1
     assert parse(family, f"<think>{said}").calls == ()
+
+
+@families
+@pytest.mark.parametrize("gap", ["\n\n", "\nNow. "])
+def test_a_thought_that_began_in_the_prompt_is_content_wherever_a_call_in_it_breaks_off(
+    family: str, gap: str
+) -> None:
+    said = get_parser(family).render("add", {"a": "xy, z", "b": 1})
+    for before in ("perhaps ", "So\n", f"{said} or "):
+        for stop in range(1, len(said) + 1):
+            thought = f"{before}{said[:stop]} hm</think>"
+            parsed = parse(family, f"{thought}{gap}{said}", {"a": "", "b": 1})
+            assert [(call.status, call.raw) for call in parsed.calls] == [("ok", said)], thought
+            assert parsed.content == f"{thought}{gap}".rstrip()
+
+
+@families
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>x</think>\n{}\n</think>",
+        "x</think>\n{}\n</think>",
+        "The tag <think> opens a thought.\n{}",
+        "<think>x</think> Well, <think>\n{}",
+        "[THINK]x[/THINK]\n{}\n[/THINK]",
+    ],
+)
+def test_a_tag_that_opens_or_closes_no_thought_hides_no_call(family: str, text: str) -> None:
+    said = get_parser(family).render("add", {"a": 1})
+    parsed = parse(family, text.format(said))
+    assert [call.raw for call in parsed.calls] == [said]
+    assert squeezed(parsed.content) == squeezed(text.format(""))
+
+
+@families
+def test_an_open_thought_hides_what_follows_where_only_thoughts_come_before(family: str) -> None:
+    said = get_parser(family).render("add", {"a": 1})
+    assert parse(family, f"<think>x</think>\n<think>{said}").calls == ()
+    assert parse(family, f"x</think>\n<think>{said}").calls == ()
+
+
+@families
+@pytest.mark.parametrize("wrong", ["nil", "1e999"])
+def test_the_end_of_a_thought_in_a_string_of_a_bad_call_hides_no_call(family: str, wrong: str) -> None:
+    parser = get_parser(family)
+    good = parser.render("add", {"a": "x"})
+    bad = parser.render("add", {"a": "so </think> ends", "b": 1234}).replace("1234", wrong)
+    tools = {"add": {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}}
+    parsed = parser.parse(f"{good}\n{bad}", tools=tools)
+    assert [(call.status, call.raw) for call in parsed.calls] == [("ok", good), ("invalid_json", bad)]
 
 
 @families
