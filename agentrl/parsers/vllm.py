@@ -2,7 +2,7 @@
 
 A turn is read as vLLM's server reads it: by a parser made for this turn, with the model's tokenizer and a
 request that has the tools. Thoughts in think tags are content and are kept from it, as the server's reasoning
-parsers do.
+parsers do; a closing tag that stands in the arguments of its calls ends no thought.
 
 vLLM tells which calls it read and not where they stand, so all calls of a turn share a span and its raw text:
 from the first tag that opens calls (else from the end of the content that vLLM kept, else from the start) to
@@ -57,7 +57,7 @@ class VLLMParser:
 
     def parse(self, text: str, *, tools: Mapping[str, Mapping[str, Any]]) -> Parsed:
         """Read one assistant turn; without ``tools`` all of it is content. Never raises."""
-        begin = _said_from(text)
+        begin = self._said_from(text, tools)
         said = text[begin:]
         start = min((said.find(tag) for tag in self._tags if tag in said), default=-1)  # -1: no tag
         try:
@@ -74,6 +74,25 @@ class VLLMParser:
             start = len(kept) if said.startswith(kept) else 0
         span = (begin + start, len(text))
         return to_parsed(text, [_attempt(span, call.function) for call in found.tool_calls], tools=tools)
+
+    def _said_from(self, text: str, tools: Mapping[str, Mapping[str, Any]]) -> int:
+        """Where the thought ends: after its tag, else at the end of a text that begins one, else at 0."""
+        end, opened = _THOUGHT_END.search(text), _THOUGHT_START.match(text)
+        if end is None:
+            return len(text) if opened else 0
+        if opened:
+            return end.end()
+        called = not self._tags or any(text.find(tag, 0, end.start()) >= 0 for tag in self._tags)
+        return 0 if called and self._is_argument(text, tools) else end.end()
+
+    def _is_argument(self, text: str, tools: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether all closing tags of thoughts stand in the arguments of the calls that vLLM reads."""
+        try:
+            calls = self._extract(text, tools).tool_calls if tools else ()
+        except Exception:  # as in parse: foreign code on the model's text
+            return False
+        said = "".join(call.function.arguments for call in calls)
+        return len(_THOUGHT_END.findall(said)) == len(_THOUGHT_END.findall(text))
 
     def _extract(self, said: str, tools: Mapping[str, Mapping[str, Any]]) -> Any:
         """vLLM's ExtractedToolCallInformation."""
@@ -123,14 +142,6 @@ def _tags(parser: Any) -> Iterator[str]:
         for tag in (given,) if isinstance(given, str) else given:
             if tag and not tag.isalnum():
                 yield tag
-
-
-def _said_from(text: str) -> int:
-    """Where the thought ends: after its closing tag, else at the end of a text that begins one, else at 0."""
-    end = _THOUGHT_END.search(text)
-    if end is not None:
-        return end.end()
-    return len(text) if _THOUGHT_START.match(text) else 0
 
 
 def _bad(text: str, start: int, note: str) -> Parsed:

@@ -214,6 +214,47 @@ def test_well_formed_calls_are_read_alike(theirs: Reader, family: str, calls: li
         assert ours.content.strip() == (content or "").strip() == text.strip()
 
 
+PYTHONIC = (
+    r"[add(a='\033[0m\0\x41\u00e9\N{BULLET}')]",
+    '[add(a=\'\'\'it\'s\n\\t\'\'\', b="""say "hi" """)]',
+    r"[add(a=r'\d\'', b=u'x' R'\n' '\n'), search()]",
+    "[add(a=(1, 2), b=(), c=(1,), d=(1), e={'x', 2}, f=[(True, null)])]",
+    "[add(a=1_000, b=0xff, c=-0b11, d=0o17, e=1_0.5e1_0, f=f'plain')]",
+    "[add(a={'k' 'l': ('m'\n'n')})]",
+)
+ONE = "<function=add>\n<parameter=a>\n1\n</parameter>\n</function>"
+XML = (
+    f"{ONE}\n</tool_call>",
+    f"Let me see.\n{ONE}\n</tool_call>\n{ONE}\n</tool_call>",
+    f"<tool_call>\n{ONE}\n</tool_call>\n{ONE}",
+    f"Let me see. {ONE}",
+    f"<tool_call>\n{ONE}\n<function=search>\n</function>\n</tool_call>",
+    f"<tool_call>\n{ONE}\n{ONE}\n{ONE}\n</tool_call>\n<tool_call>\n{ONE}\n</tool_call>",
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [*(("pythonic", text) for text in PYTHONIC), *(("qwen3_xml", text) for text in XML)]
+)
+def test_rarer_forms_are_read_alike(theirs: Reader, family: str, text: str) -> None:
+    tools = {"add": {"type": "object", "properties": {"a": {"type": "integer"}}}, "search": {}}
+    tools = tools if family == "qwen3_xml" else {"add": {}, "search": {}}
+    expected, _ = theirs(FORMATS[family], text, tools)
+    ours = get_parser(family).parse(text, tools=tools)
+    assert {call.status for call in ours.calls} == {"ok"}
+    assert [(call.name, call.arguments) for call in ours.calls] == expected
+
+
+@pytest.mark.parametrize("family", ["hermes", "mistral up to 10", "qwen3_xml", "deepseek_v3"])
+def test_the_end_of_a_thought_in_an_argument_hides_no_call_of_theirs(load: Loader, family: str) -> None:
+    form = FORMATS[family]
+    parser = get_parser(f"vllm:{form.name}", tokenizer=load(form.tokens))
+    calls = [("add", {"a": "x</think>"}), ("search", {"a": "y"})]
+    tools = {name: {"type": "object", "properties": {"a": {"type": "string"}}} for name in ("add", "search")}
+    read = parser.parse(form.join(calls), tools=tools).calls
+    assert [(call.name, call.arguments) for call in read] == calls
+
+
 @pytest.mark.parametrize("family", FORMATS)
 def test_their_parsers_under_our_contract(load: Loader, family: str) -> None:
     form = FORMATS[family]

@@ -132,11 +132,31 @@ def test_a_turn_without_calls_is_content(parse: Any, tag: str) -> None:
 
 
 @pytest.mark.parametrize("thought", ["<think>a <call></think>", "a <call></think>", "[THINK]a[/THINK]"])
-def test_thoughts_are_content_that_vllm_does_not_see(parse: Any, thought: str) -> None:
+def test_thoughts_are_content_and_call_nothing(parse: Any, thought: str) -> None:
     parsed = parse(f"{thought}\n<call>x", found(("add", "{}"), content="\n"))
     assert parsed.content == thought
     assert [call.raw for call in parsed.calls] == ["<call>x"]
-    assert [said for said, _ in parse.asked] == ["\n<call>x"]
+    assert parse.asked[-1][0] == "\n<call>x"
+
+
+@pytest.mark.parametrize("tag", ["<call>", ""])
+def test_the_end_of_a_thought_in_an_argument_ends_no_thought(parse: Any, tag: str) -> None:
+    text = 'So.\n<call>{"a": "x</think>"}'
+    (call,) = parse(text, found(("add", '{"a": "x</think>"}'), content="So.\n"), tag=tag).calls
+    assert (call.arguments, call.raw) == ({"a": "x</think>"}, text[4:])
+
+
+@pytest.mark.parametrize(
+    "text", ['a <call></think>\n<call>{"a": "</think>"}', '<think>a</think><call>{"a": "</think>"}']
+)
+def test_a_thought_ends_before_an_argument_that_spells_its_end(parse: Any, text: str) -> None:
+    (call,) = parse(text, found(("add", '{"a": "</think>"}'))).calls
+    assert call.raw == '<call>{"a": "</think>"}'
+
+
+def test_a_parser_that_raises_on_a_thought_sees_what_follows_it(parse: Any) -> None:
+    (call,) = parse("a <call></think>\n<call>x", ValueError("unbalanced")).calls
+    assert (call.raw, call.status) == ("<call>x", "invalid_json")
 
 
 def test_a_thought_that_does_not_end_calls_nothing(parse: Any) -> None:
