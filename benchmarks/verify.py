@@ -79,16 +79,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def make_pairs(truths: Sequence[str]) -> list[Pair]:
     """Three answers to each truth: itself, itself written otherwise, and a wrong one; shuffled."""
     pairs = [
-        Pair(truth, answer)
-        for truth in truths
-        for answer in (truth, rf"{{{truth}}} + 0" if _is_number(truth) else f" {truth} .", f"7{truth}")
+        Pair(truth, answer) for truth in truths for answer in (truth, _written_otherwise(truth), f"7{truth}")
     ]
     random.Random(0).shuffle(pairs)
     return pairs
 
 
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", text) is not None
+def _written_otherwise(truth: str) -> str:
+    """A number with another decimal, anything else with a blank and a full stop."""
+    if re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", truth) is None:
+        return f" {truth} ."
+    return f"{truth}0" if "." in truth else f"{truth}.0"
 
 
 def _truths() -> dict[str, list[str]]:

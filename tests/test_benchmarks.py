@@ -170,7 +170,7 @@ def test_verify_compares_with_the_peer_and_finds_the_same_verdicts(load: Any) ->
 
 def test_every_truth_is_asked_with_right_and_wrong_answers(load: Any) -> None:
     pairs = load("verify").make_pairs(["12", r"\frac{1}{2}"])
-    assert sorted(pair.answer for pair in pairs if pair.truth == "12") == ["12", "712", "{12} + 0"]
+    assert sorted(pair.answer for pair in pairs if pair.truth == "12") == ["12", "12.0", "712"]
     assert len(pairs) == 6
 
 

@@ -51,7 +51,7 @@ def test_a_few_steps_train_on_the_bundled_suite(tmp_path: Path) -> None:
 def test_a_sandbox_that_falls_over_is_healed_by_another_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trusting.Losing, "loses", staticmethod(lambda number: number % 5 == 0))
+    monkeypatch.setattr(trusting.Losing, "loses", staticmethod(lambda number: number % 23 == 5))
     agentrl.train(settings(tmp_path, "trusting:Losing"))
     rows = metrics(tmp_path)
     assert sum(row["fault/sandbox"] for row in rows) > 0
