@@ -87,9 +87,8 @@ def starts_siblings_alike(subject: Subject) -> str:
         begun = []
         for _ in range(_SIBLINGS):
             env = subject.make_twin()
-            episode = play(
-                env, start, gold_of(env, start.task)
-            )  # what one sibling does is nothing to the next
+            # What one sibling does is nothing to the next.
+            episode = play(env, start, gold_of(env, start.task))
             begun.append((episode.opening, _schemas(env)))
         require(
             all(same(begun[0], other) for other in begun[1:]),

@@ -134,14 +134,13 @@ def _equal(truth: str, answer: str) -> bool:
     if not may_equal(truth, answer):
         return False
     parsed, zeros = _parsed_truth(truth)
+    precision = max(_PRECISION, 2 * _DIGITS + zeros)  # sympy drops what is below 10**-precision
     return bool(
         verify(
             parsed,
             _parsed(answer),
             float_rounding=_DIGITS + zeros,
-            numeric_precision=max(
-                _PRECISION, 2 * _DIGITS + zeros
-            ),  # sympy drops what is below 10**-precision
+            numeric_precision=precision,
             timeout_seconds=None,
         )
     )
@@ -151,12 +150,9 @@ def _equal(truth: str, answer: str) -> bool:
 def _parsed_truth(truth: str) -> tuple[list[Any], int]:
     """The truth, and how many zeros the smallest of its numbers has after the point: 1 for 0.05."""
     parsed = _parsed(truth)
-    sizes = (
-        [size for size in _sizes(parsed[0]) if size.is_Number and size.is_finite and 0 < size < 1]
-        if parsed
-        else []
-    )
-    return parsed, -1 - int(floor(log(min(sizes), 10))) if sizes else 0
+    sizes = [size for whole in parsed[:1] for size in _sizes(whole)]
+    small = [size for size in sizes if size.is_Number and size.is_finite and 0 < size < 1]
+    return parsed, -1 - int(floor(log(min(small), 10))) if small else 0
 
 
 def _sizes(expression: Any) -> Iterator[Any]:
