@@ -283,10 +283,12 @@ def _check_evaluation(
 
 
 def _say_what_failed(result: Mapping[str, Any], display: Display) -> None:
-    """Note the world's commonest failure. Raises TooManyInvalid where it left no figure."""
+    """Note the world's commonest failure. Raises TooManyInvalid where so many are invalid that there is no figure."""
     failure = result.get("failure", "")
     if all(figure is None for name, figure in result.items() if name.startswith("pass@")):
-        raise TooManyInvalid(f"no figure is left: {failure}. Repair that and measure again")
+        raise TooManyInvalid(
+            f"too many episodes are invalid for a figure: {failure}. Repair that and measure again"
+        )
     if failure:
         display.note(f"of the invalid episodes {failure}")
 

@@ -136,7 +136,7 @@ def test_eval_says_why_episodes_were_lost_and_fails_where_no_figure_is_left(
         result = _agentrl("eval", "calculator", "--model", tiny_checkpoint)
         assert result.exit_code == exit_code, result.output
         assert "5 failed at the boundary 'sandbox'" in result.output
-    assert result.stderr.startswith("TooManyInvalid: no figure is left: 5 failed")
+    assert result.stderr.startswith("TooManyInvalid: too many episodes are invalid for a figure: 5 failed")
 
 
 def test_a_report_may_go_down_a_pipe(
