@@ -283,7 +283,7 @@ def _check_evaluation(
 
 
 def _say_what_failed(result: Mapping[str, Any], display: Display) -> None:
-    """Note the world's commonest failure. Raises TooManyInvalid where so many are invalid that there is no figure."""
+    """Note the world's commonest failure. Raises TooManyInvalid where it left no figure to stand by."""
     failure = result.get("failure", "")
     if all(figure is None for name, figure in result.items() if name.startswith("pass@")):
         raise TooManyInvalid(
