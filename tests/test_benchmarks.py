@@ -68,6 +68,7 @@ def test_env_overhead_writes_a_row_for_each_way_to_step(
     assert all(row["name"] in said for row in rows)
 
 
+@pytest.mark.slow
 def test_async_rollouts_says_the_same_in_both_ways_and_beats_no_limit(load: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     load("async_rollouts").main(["--quick", "--json", str(path)])

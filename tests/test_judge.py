@@ -124,6 +124,7 @@ def test_a_crash_and_an_early_exit_are_runtime_errors(
     assert verdict.flags == flags
 
 
+@pytest.mark.slow
 def test_the_wall_clock_is_the_submissions_own(judge: Judge) -> None:
     hurried = Judge(make_sandbox("process"), limits=Limits(**{**_fields(_TRUSTED), "wall_s": 3}))
     for problem, solution in (

@@ -308,7 +308,11 @@ def judge() -> Iterator[Judge]:
     backend.close()
 
 
-@pytest.mark.parametrize("attack", _ATTACKS)
+_WAITS = ("a frame without end",)  # for its wall clock
+_attacks = [pytest.param(name, marks=[pytest.mark.slow] if name in _WAITS else []) for name in _ATTACKS]
+
+
+@pytest.mark.parametrize("attack", _attacks)
 def test_no_attack_passes_a_test(judge: Judge, attack: str) -> None:
     for problem in (_CALLS, _ASSERTS):
         verdict = judge.judge(_ATTACKS[attack], problem, stop_early=False)

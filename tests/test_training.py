@@ -644,6 +644,7 @@ def stop(
         process.kill()
 
 
+@pytest.mark.slow
 def test_signals_finish_the_step_save_and_say_how_to_resume(
     config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -266,6 +266,7 @@ def test_a_seed_gives_the_same_tokens_whoever_else_is_in_the_batch(qwen3: Forwar
     assert other.token_ids.tolist() != alone.token_ids.tolist()
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from(["qwen3", "gemma3"]))
 @settings(max_examples=15, deadline=None)
 def test_whatever_the_schedule_each_request_is_answered_as_alone(
