@@ -143,8 +143,9 @@ class Sandbox(Protocol):
         """Run ``argv`` in the working directory, with ``files`` written there first; blocks until it is over.
 
         The environment is empty but for PATH, HOME, LANG and TMPDIR. stdin is closed behind its bytes.
-        ``limits`` may only be lower than those the sandbox was opened with; None: the same. Every process of
-        the run is dead when this returns. Raises BadConfig for a bad name or limit, SandboxLost.
+        ``limits`` may only be lower than those the sandbox was opened with, whose disk and network are all of
+        its runs'; None: the same. Every process of the run is dead when this returns. Raises BadConfig for a
+        bad name or limit, SandboxLost.
 
         What the code inside or the command's words bring about is not raised but the policy's error: exit
         code 126 where a file can't be written for what lies there or for lack of room, 127 where a word is
@@ -248,14 +249,18 @@ def check_path(path: str) -> PurePosixPath:
 
 
 def lowered(limits: Limits, wanted: Limits | None) -> Limits:
-    """``wanted``, which must not exceed ``limits`` anywhere. Raises BadConfig."""
+    """What a run has of a session's ``limits`` where it asks for ``wanted``. Raises BadConfig for more."""
     if wanted is None:
         return limits
+    if (wanted.disk_mib, wanted.network) != (limits.disk_mib, limits.network):
+        raise BadConfig(
+            f"a run has the disk and the network of its session (disk_mib={limits.disk_mib}, "
+            f"network={limits.network}), not disk_mib={wanted.disk_mib}, network={wanted.network}: open "
+            "another sandbox with these"
+        )
     for entry in fields(Limits):
         most, asked = getattr(limits, entry.name), getattr(wanted, entry.name)
-        if (entry.name == "network" and asked > most) or (
-            entry.name != "network" and most is not None and (asked is None or asked > most)
-        ):
+        if entry.name != "network" and most is not None and (asked is None or asked > most):
             raise BadConfig(
                 f"a run can't have {entry.name}={asked!r} in a sandbox opened with {most!r}: ask for less, "
                 "or open it with more"

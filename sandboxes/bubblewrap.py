@@ -35,7 +35,7 @@ from agentrl.sandbox import (
 from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
 from agentrl.sandboxing.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
 from agentrl.sandboxing.cgroups import Hierarchy, find
-from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome, refused
+from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome, overfull, refused
 from agentrl.sandboxing.seccomp import deny_list
 from agentrl.sandboxing.workdirs import WorkDir, make_folder, sweep
 
@@ -170,7 +170,7 @@ class _Session:
 
     def __init__(self, host: _Host, limits: Limits, *, on_close: Callable[[_Session], None]) -> None:
         self._host = host
-        self._limits = self._set = limits
+        self._limits = limits
         self._on_close = on_close
         self._closing = threading.Event()
         self._running = threading.Lock()
@@ -183,7 +183,9 @@ class _Session:
             except OSError as error:
                 raise SandboxLost(f"a sandbox can't be made: {error}") from error
             undo.pop_all()
-        self._view = replace(host.view, work=self._work.path)
+        self._view = replace(
+            host.view, work=self._work.path, size_mib=limits.disk_mib, network=limits.network
+        )
 
     @property
     def is_sized(self) -> bool:
@@ -212,12 +214,11 @@ class _Session:
                 return refused(f"a file can't be written: {error}")
             if not all(map(_can_be_passed, argv)):
                 return refused("a word has a NUL or no bytes, so that no command has it", exit_code=127)
-            if failure := self._set_limits(allowed):
-                return failure
+            if not self._group.limit(allowed, spare_pids=SPARE_PIDS):
+                return overfull()
             self._group.begin()
-            view = replace(self._view, size_mib=allowed.disk_mib, network=allowed.network)
             try:
-                running = self._host.launcher.start(argv, view, group=self._group, owner=self._owner)
+                running = self._host.launcher.start(argv, self._view, group=self._group, owner=self._owner)
             except OSError as error:
                 if error.errno == errno.E2BIG:
                     return refused("the command is longer than the kernel takes")
@@ -249,20 +250,6 @@ class _Session:
             raise SandboxLost("this sandbox is closed: open another")
         unlock(self._work.path)
         return self._work.path
-
-    def _set_limits(self, limits: Limits) -> ExecResult | None:
-        """Enforce a run's limits; a result where what is there already exceeds them."""
-        if (limits.memory_mib, limits.pids) != (self._set.memory_mib, self._set.pids):
-            try:
-                self._group.limit(limits, spare_pids=SPARE_PIDS)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise SandboxLost(f"limits can't be set: {error}") from error
-                return ExecResult(status="memory", fault="policy", stderr=b"its files are more already")
-        if limits.disk_mib != self._set.disk_mib and not self._work.resize(limits.disk_mib):
-            return refused("its files are more already than disk_mib")
-        self._set = limits
-        return None
 
     def _drive(self, running: Running, stdin: bytes | Talk, limits: Limits) -> tuple[Pumped, Ended]:
         has_group = self._host.hierarchy.version > 0

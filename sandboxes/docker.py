@@ -38,7 +38,7 @@ from agentrl.sandboxing.container_engine import Container, Death, Engine, Shape
 from agentrl.sandboxing.container_link import Conversation, LinkClock, LinkLost
 from agentrl.sandboxing.container_meter import Usage
 from agentrl.sandboxing.container_pool import Crew, Pool
-from agentrl.sandboxing.pump import outcome, refused
+from agentrl.sandboxing.pump import outcome, overfull, refused
 
 __all__ = ["Docker"]
 
@@ -226,11 +226,6 @@ class _Session:
     ) -> ExecResult:
         """See :class:`agentrl.sandbox.Sandbox`."""
         allowed = lowered(self._limits, limits)
-        if allowed.disk_mib != self._limits.disk_mib or allowed.network != self._limits.network:
-            raise BadConfig(
-                "a run in the sandbox 'docker' has the disk and the network of its session "
-                f"({self._limits.disk_mib} MiB, network={self._limits.network}): open one with what you want"
-            )
         for path in files or ():
             check_path(path)
         asked = time.monotonic()
@@ -244,7 +239,7 @@ class _Session:
                 return refused(f"a file can't be written: {error}")
             container = self._standing()
             if not self._engine.update(container, memory_mib=allowed.memory_mib, pids=allowed.pids):
-                return ExecResult(status="memory", fault="policy", stderr=b"the files are larger than that\n")
+                return overfull()
             return self._hold(container, argv, stdin=stdin, limits=allowed, asked=asked - waited_s)
 
     def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:

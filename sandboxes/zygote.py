@@ -38,7 +38,7 @@ from agentrl.sandbox import (
 )
 from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
 from agentrl.sandboxing.cgroups import Group, Hierarchy, find
-from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, refused
+from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, overfull, refused
 from agentrl.sandboxing.seccomp import telltale_filter
 from agentrl.sandboxing.zygote_handle import ZygoteHandle, ZygoteSettings
 
@@ -258,7 +258,7 @@ class _Session:
         hierarchy: Hierarchy,
         on_close: Callable[[_Session], None],
     ) -> None:
-        self._limits = self._set = limits
+        self._limits = limits
         self._zygote = zygote
         self._number = number
         self._on_close = on_close
@@ -300,11 +300,10 @@ class _Session:
                     self.write(path, data)
             except OSError as error:  # what lies there, or how much, is the code's own doing
                 return refused(f"a file can't be written: {error}")
-            if allowed != self._set:
-                self._group.limit(allowed, spare_pids=_SPARE_PIDS)
-                self._set = allowed
+            if not self._group.limit(allowed, spare_pids=_SPARE_PIDS):
+                return overfull()
             self._group.begin()
-            start = partial(self._zygote.start, uid=self._uid, options=_tmpfs_options(allowed))
+            start = partial(self._zygote.start, uid=self._uid, options=self._options)
             with _Run(self._group, self._closing, owner=self._owner) as run:
                 run.start(partial(start, self._number), argv, entries=self._entries)
                 queue_ms = (time.monotonic() - asked) * 1000

@@ -291,16 +291,27 @@ def test_endless_output_ends_the_run(sandbox: Sandbox, stream: str) -> None:
 
 def test_a_run_may_have_less_than_its_sandbox_and_the_next_all_again(sandbox: Sandbox) -> None:
     hog = "data = bytearray(100 << 20); data[::4096] = b'x' * len(data[::4096])"
-    assert _python(sandbox, hog, memory_mib=64, disk_mib=1).status == "memory"
+    assert _python(sandbox, hog, memory_mib=64).status == "memory"
     assert _python(sandbox, hog).status == "ok"
-    assert "28" in _said(_python(sandbox, _FILL, disk_mib=1))
-    refused = _python(sandbox, "pass", disk_mib=0.5)
-    assert (refused.status, refused.fault) == ("error", "policy")
     with pytest.raises(BadConfig, match="memory_mib=300"):
         _python(sandbox, "pass", memory_mib=300)
+    with pytest.raises(BadConfig, match="has the disk and the network of its session"):
+        _python(sandbox, "pass", disk_mib=4)
 
 
-_FILL = "try: open('big', 'wb').write(bytes(2 << 20))\nexcept OSError as error: print(error.errno)"
+def test_less_memory_than_the_files_take_is_the_policys_and_changes_nothing(sandbox: Sandbox) -> None:
+    assert _python(sandbox, "open('big', 'wb').write(bytes(12 << 20))").status == "ok"
+    result = _python(sandbox, "pass", memory_mib=4, pids=4)
+    assert (result.status, result.fault) == ("memory", "policy")
+    assert _python(sandbox, _TEN_THREADS).status == "ok"
+
+
+_TEN_THREADS = """
+import threading
+ready = threading.Barrier(11)
+for _ in range(10): threading.Thread(target=ready.wait).start()
+ready.wait()
+"""
 
 
 # -- isolation --

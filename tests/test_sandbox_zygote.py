@@ -112,6 +112,31 @@ def test_a_talk_hears_and_is_heard(sandbox: Sandbox) -> None:
     assert heard == [b"2\n", b"21\n"]
 
 
+def test_a_run_may_have_less_than_its_sandbox_and_the_next_all_again(python: Run) -> None:
+    hog = "data = bytearray(100 << 20); data[::4096] = b'x' * len(data[::4096])"
+    assert python(hog, memory_mib=64).status == "memory"
+    assert python(hog).status == "ok"
+    with pytest.raises(BadConfig, match="memory_mib=300"):
+        python("pass", memory_mib=300)
+    with pytest.raises(BadConfig, match="has the disk and the network of its session"):
+        python("pass", disk_mib=4)
+
+
+def test_less_memory_than_the_files_take_is_the_policys_and_changes_nothing(python: Run) -> None:
+    assert python("open('big', 'wb').write(bytes(12 << 20))").status == "ok"
+    result = python("pass", memory_mib=4, pids=4)
+    assert (result.status, result.fault) == ("memory", "policy")
+    assert python(_TEN_THREADS).status == "ok"
+
+
+_TEN_THREADS = """
+import threading
+ready = threading.Barrier(11)
+for _ in range(10): threading.Thread(target=ready.wait).start()
+ready.wait()
+"""
+
+
 def test_closing_from_another_thread_ends_a_run(backend: Backend) -> None:
     sandbox = backend.open(_LIMITS)
     timer = threading.Timer(0.5, sandbox.close)

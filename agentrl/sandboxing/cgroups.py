@@ -83,6 +83,7 @@ class Group:
         self._version = version
         self._layout = _LAYOUTS.get(version)
         self._before: dict[_Count, int] = {}  # when the run began
+        self._limits: tuple[int, str] | None = None  # memory and pids as they are set
         self._open: dict[
             tuple[str, str], int
         ] = {}  # by controller and file; v2's peak is reset by descriptor
@@ -106,23 +107,36 @@ class Group:
             _write(path, str(pid))
         expose(pid)
 
-    def limit(self, limits: Limits, *, spare_pids: int = 0) -> None:
+    def limit(self, limits: Limits, *, spare_pids: int = 0) -> bool:
         """Enforce memory and pids; ``spare_pids``: processes of the launcher's own, inside as well.
 
-        Raises OSError(EBUSY) where files in memory, say, are more than that already.
+        False, and nothing changed, where files in memory, say, are more than that. Raises SandboxLost.
         """
         most = -1 if limits.memory_mib is None else int(limits.memory_mib * 2**20)
         pids = "max" if limits.pids is None else str(int(limits.pids) + spare_pids)
+        if (most, pids) == self._limits:
+            return True
+        try:
+            self._limit(most, pids)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                return False
+            raise SandboxLost(f"the limits of a sandbox can't be set: {error}") from error
+        self._limits = (most, pids)
+        return True
+
+    def _limit(self, most: int, pids: str) -> None:
+        """``most``: bytes, -1 for no limit; first, because what is there can only speak against it."""
         if self._version == 1:
-            if "pids" in self._folders:
-                _write(self._folders["pids"] / "pids.max", pids)
             if "memory" in self._folders:
                 _limit_memory_v1(self._folders["memory"], most)
+            if "pids" in self._folders:
+                _write(self._folders["pids"] / "pids.max", pids)
         elif self._version == 2:
             folder = self._folders["unified"]
             bytes_ = "max" if most < 0 else str(most)
             swap = "max" if most < 0 else "0"
-            for name, text in (("pids.max", pids), ("memory.max", bytes_), ("memory.swap.max", swap)):
+            for name, text in (("memory.max", bytes_), ("memory.swap.max", swap), ("pids.max", pids)):
                 if (folder / name).exists():  # else this host can't enforce it, as ``missing`` said
                     _write(folder / name, text)
 
@@ -270,7 +284,7 @@ class Hierarchy:
     missing: Mapping[str, str] = field(default_factory=dict)  # of the same: why not, and what to do
 
     def make(self, limits: Limits, *, spare_pids: int = 0) -> Group:
-        """A group of this process's with ``limits`` set, counting from now. Raises OSError."""
+        """A group of this process's with ``limits`` set, counting from now. Raises OSError, SandboxLost."""
         name = f"agentrl-{this_process()}-{next(_numbers)}"
         group = Group({what: folder / name for what, folder in self.folders.items()}, self.version)
         try:
@@ -278,7 +292,7 @@ class Hierarchy:
                 (folder / name).mkdir()
             group.limit(limits, spare_pids=spare_pids)
             group.begin()
-        except OSError:
+        except (OSError, SandboxLost):
             group.remove()
             raise
         return group

@@ -136,6 +136,11 @@ def outcome(end: End, code: int) -> tuple[Status, Fault]:
     return ("signal" if code < 0 else "error"), "policy"
 
 
+def overfull() -> ExecResult:
+    """Of a command for which the files that are there leave no memory: they are the policy's."""
+    return ExecResult(status="memory", fault="policy", stderr=b"the files are larger than memory_mib\n")
+
+
 def refused(why: str, *, exit_code: int = 126) -> ExecResult:
     """Of a command that could not be run for what the policy's code has done or asked for."""
     return ExecResult(

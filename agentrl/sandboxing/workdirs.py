@@ -20,7 +20,7 @@ from agentrl.sandboxing.owners import MARK, is_gone, this_process
 
 __all__ = ["WorkDir", "make_folder", "sweep"]
 
-_NOSUID, _NODEV, _REMOUNT, _DETACH = 2, 4, 32, 2  # MS_*, MNT_*
+_NOSUID, _NODEV, _DETACH = 2, 4, 2  # MS_*, MNT_*
 _BLOCK = 4096  # bytes; a file or folder counts as one at least
 _numbers = itertools.count()
 
@@ -34,26 +34,20 @@ class WorkDir:
         self.path = self._folder / "work"
         self.path.mkdir(mode=0o700)
         self._owner = os.geteuid() if owner is None else owner
-        self.is_sized = os.geteuid() == 0 and self._mount(size_mib, _NOSUID | _NODEV)
+        self.is_sized = os.geteuid() == 0 and self._mount(size_mib)
         if not self.is_sized and owner is not None:
             os.chown(self.path, owner, owner)
-
-    def resize(self, size_mib: float | None) -> bool:
-        """Whether it has that size now; not if more is inside already, or none can be set."""
-        return self.is_sized and self._mount(size_mib, _NOSUID | _NODEV | _REMOUNT)
 
     def remove(self) -> None:
         """With all that is inside. Idempotent."""
         _remove(self._folder)
 
-    def _mount(self, size_mib: float | None, flags: int) -> bool:
+    def _mount(self, size_mib: float | None) -> bool:
         size = 0 if size_mib is None else max(int(size_mib * 2**20), _BLOCK)  # 0: no bound
         files = size // _BLOCK + 16 if size else 0
-        options = f"size={size},nr_inodes={files}"
-        if not flags & _REMOUNT:
-            options += f",mode=0700,uid={self._owner},gid={self._owner}"
-        path = os.fsencode(self.path)
-        done: int = _libc().mount(b"agentrl", path, b"tmpfs", ctypes.c_ulong(flags), options.encode())
+        options = f"size={size},nr_inodes={files},mode=0700,uid={self._owner},gid={self._owner}".encode()
+        path, flags = os.fsencode(self.path), ctypes.c_ulong(_NOSUID | _NODEV)
+        done: int = _libc().mount(b"agentrl", path, b"tmpfs", flags, options)
         return done == 0
 
 
