@@ -28,7 +28,8 @@ from typing import Any
 from agentrl.sandbox import Limits, SandboxLost
 from agentrl.sandboxing import bwrap_process
 from agentrl.sandboxing.bwrap_process import ARGUMENTS, FILTER, REPLY, REQUEST, STATUS
-from agentrl.sandboxing.cgroups import Group, Hierarchy, expose
+from agentrl.sandboxing.cgroups import Group, expose
+from agentrl.sandboxing.hierarchy import Hierarchy
 from agentrl.sandboxing.pump import Pipes
 from agentrl.sandboxing.seccomp import deny_list, telltale_filter
 

@@ -1,40 +1,34 @@
 """A control group per sandbox: memory and processes limited, CPU time summed, all killed from outside.
 
-Covered: cgroup v1 (memory, pids, cpuacct, freezer), v2 as root, v2 delegated to a user or a container, and
-none at all, when ``Hierarchy.missing`` says why and a group does nothing. Groups of processes that have
-ended are found by their names and removed. Not covered: limiting the speed of CPU or disk.
+Covered: cgroup v1 (memory, pids, cpuacct, freezer), v2, and none at all, when a group does nothing. Where
+groups can be made is ``agentrl.sandboxing.hierarchy``'s. Not covered: limiting the speed of CPU or disk.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
-import re
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from agentrl.sandbox import Limits, SandboxLost
-from agentrl.sandboxing.owners import MARK, is_gone, is_running, this_process
+from agentrl.sandboxing.owners import is_running
 
-__all__ = ["Group", "Hierarchy", "expose", "find"]
+__all__ = ["Group", "expose", "words", "write"]
 
-_MAIN = "agentrl-main"  # where delegated v2 puts what was in a group that is to have groups inside
-_OURS = re.compile(rf"agentrl-(?P<owner>{MARK})-\d+")
 _KILL_S = 10.0  # at most, from the signal until none is left
 _WAIT_S = 0.001  # between two looks
 _PLAIN = 3  # kills without stopping first; enough where pid 1 of a namespace is among them
-_numbers = itertools.count()
 
 
 def expose(pid: int) -> None:
     """Have the kernel kill a process, and its children, before others where the machine lacks memory."""
-    _write(Path(f"/proc/{pid}/oom_score_adj"), "1000")
+    write(Path(f"/proc/{pid}/oom_score_adj"), "1000")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,7 @@ class Group:
         Before it runs anything: what it has by then is counted elsewhere. Raises OSError.
         """
         for path in self.procs:
-            _write(path, str(pid))
+            write(path, str(pid))
         expose(pid)
 
     def limit(self, limits: Limits, *, spare_pids: int = 0) -> bool:
@@ -131,14 +125,14 @@ class Group:
             if "memory" in self._folders:
                 _limit_memory_v1(self._folders["memory"], most)
             if "pids" in self._folders:
-                _write(self._folders["pids"] / "pids.max", pids)
+                write(self._folders["pids"] / "pids.max", pids)
         elif self._version == 2:
             folder = self._folders["unified"]
             bytes_ = "max" if most < 0 else str(most)
             swap = "max" if most < 0 else "0"
             for name, text in (("memory.max", bytes_), ("memory.swap.max", swap), ("pids.max", pids)):
                 if (folder / name).exists():  # else this host can't enforce it, as ``missing`` said
-                    _write(folder / name, text)
+                    write(folder / name, text)
 
     def begin(self) -> None:
         """Count anew from here: a run begins."""
@@ -183,7 +177,7 @@ class Group:
             if controller in self._folders:
                 with suppress(OSError):  # it is removed
                     # Opened anew: v1 says the same for a second to who reads again without.
-                    return [int(pid) for pid in _words(self._folders[controller] / "cgroup.procs")]
+                    return [int(pid) for pid in words(self._folders[controller] / "cgroup.procs")]
         return []
 
     def kill(self) -> None:
@@ -220,7 +214,7 @@ class Group:
         if "unified" not in self._folders:
             return False
         try:
-            _write(self._folders["unified"] / "cgroup.kill", "1")
+            write(self._folders["unified"] / "cgroup.kill", "1")
         except OSError:
             return False
         return True
@@ -233,13 +227,13 @@ class Group:
             state, on, off = self._folders["unified"] / "cgroup.freeze", "1", "0"
         if frozen and state:
             with suppress(OSError):
-                _write(state, on)
+                write(state, on)
         for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if frozen and state:
             with suppress(OSError):
-                _write(state, off)
+                write(state, off)
 
     def _since(self, count: _Count) -> int:
         return self._read(count) - self._before.get(count, 0)
@@ -274,161 +268,22 @@ class Group:
         return self._open[controller, file]
 
 
-@dataclass(frozen=True, slots=True)
-class Hierarchy:
-    """Where groups can be made, and what they enforce."""
-
-    version: Literal[0, 1, 2]  # 0: nowhere
-    folders: Mapping[str, Path] = field(default_factory=dict)  # by controller, that groups are made in
-    enforced: Mapping[str, str] = field(default_factory=dict)  # of cpu_s, memory_mib and pids: by what means
-    missing: Mapping[str, str] = field(default_factory=dict)  # of the same: why not, and what to do
-
-    def make(self, limits: Limits, *, spare_pids: int = 0) -> Group:
-        """A group of this process's with ``limits`` set, counting from now. Raises OSError, SandboxLost."""
-        name = f"agentrl-{this_process()}-{next(_numbers)}"
-        group = Group({what: folder / name for what, folder in self.folders.items()}, self.version)
-        try:
-            for folder in self.folders.values():
-                (folder / name).mkdir()
-            group.limit(limits, spare_pids=spare_pids)
-            group.begin()
-        except (OSError, SandboxLost):
-            group.remove()
-            raise
-        return group
-
-    def sweep(self) -> int:
-        """Kill and remove the groups of owners that are gone; how many. Raises SandboxLost."""
-        names: dict[str, dict[str, Path]] = {}
-        for controller, folder in self.folders.items():
-            for path in folder.glob("agentrl-*"):
-                match = _OURS.fullmatch(path.name)
-                if match and is_gone(match["owner"]):
-                    names.setdefault(path.name, {})[controller] = path
-        return sum(Group(folders, self.version).close() for folders in names.values())
-
-
-def find(proc: Path = Path("/proc/self")) -> Hierarchy:
-    """What this process can use; ``proc`` has its "mountinfo" and "cgroup".
-
-    Where v2 is delegated, its group's processes, this one among them, are moved one level down: a group can't
-    have both processes and limited groups.
-    """
-    v1: dict[str, Path] = {}
-    v2: tuple[Path, Path] | None = None  # where it is mounted, and which group that is
-    for line in (proc / "mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        root, point = (_unescaped(part) for part in before.split()[3:5])
-        kind, _, options = after.split(maxsplit=2)
-        if kind == "cgroup":
-            v1.update(dict.fromkeys(options.split(","), Path(point)))
-        elif kind == "cgroup2":
-            v2 = Path(point), Path(root)
-    if v1.keys() & {"memory", "pids"}:
-        return _version_1(v1)
-    if v2 is not None:
-        return _version_2(*v2, proc / "cgroup")
-    return Hierarchy(0, missing=dict.fromkeys(_MEANS, "no cgroup file system is mounted: mount cgroup2"))
-
-
-_MEANS = {"cpu_s": "cpuacct", "memory_mib": "memory", "pids": "pids"}  # by which controller of v1
-_HELP = "run as root, or under 'systemd-run --user --scope -p Delegate=yes'"
-
-
-def _version_1(mounts: Mapping[str, Path]) -> Hierarchy:
-    folders, missing = {}, {}
-    for controller in (*_MEANS.values(), "freezer"):
-        if controller in mounts and os.access(mounts[controller], os.W_OK | os.X_OK):
-            folders[controller] = mounts[controller]
-    for limit, controller in _MEANS.items():
-        if controller not in mounts:
-            missing[limit] = f"cgroup v1 has no {controller} controller here: mount it"
-        elif controller not in folders:
-            missing[limit] = f"{mounts[controller]} is not writable: {_HELP}"
-    enforced = {
-        limit: f"cgroup v1, {controller}" for limit, controller in _MEANS.items() if controller in folders
-    }
-    return Hierarchy(1 if enforced else 0, folders if enforced else {}, enforced, missing)
-
-
-def _version_2(point: Path, root: Path, own: Path) -> Hierarchy:
-    try:
-        parent = _parent(point, root, own)
-        _check_writable(parent)
-        _enable(parent)
-    except OSError as error:
-        reason = f"cgroup v2 gives us no group ({error.strerror}: {error.filename}): {_HELP}"
-        return Hierarchy(0, missing=dict.fromkeys(_MEANS, reason))
-    given = _words(parent / "cgroup.subtree_control")
-    enforced, missing = {"cpu_s": f"cgroup v2, cpu.stat in {parent}"}, {}
-    for limit in ("memory_mib", "pids"):
-        controller = _MEANS[limit]
-        if controller in given:
-            enforced[limit] = f"cgroup v2, {controller} in {parent}"
-        else:
-            missing[limit] = f"cgroup v2 has no {controller} controller in {parent}: {_HELP}"
-    return Hierarchy(2, {"unified": parent}, enforced, missing)
-
-
-def _parent(point: Path, root: Path, own: Path) -> Path:
-    """The group to make ours in: the root of all where we may, else the one that this process is in."""
-    if not (point / "cgroup.events").exists() and os.access(point, os.W_OK):  # only the root has none
-        return point
-    line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")
-    here = Path(line.removeprefix("0::"))
-    if here.is_relative_to(root):  # not where the mount is of a namespace's own root
-        here = Path("/") / here.relative_to(root)
-    folder = Path(f"{point}{here}")
-    return folder.parent if folder.name == _MAIN else folder
-
-
-def _check_writable(folder: Path) -> None:
-    for path in (folder, folder / "cgroup.procs", folder / "cgroup.subtree_control"):
-        if not os.access(path, os.W_OK):
-            raise OSError(errno.EACCES, "not writable", str(path))
-
-
-def _enable(parent: Path) -> None:
-    """Hand the controllers that there are down to the groups in ``parent``. Raises OSError."""
-    control = parent / "cgroup.subtree_control"
-    wanted = {"memory", "pids"} & {*_words(parent / "cgroup.controllers")} - {*_words(control)}
-    order = " ".join(f"+{controller}" for controller in sorted(wanted))
-    if not order:
-        return
-    if (parent / "cgroup.events").exists():
-        _move_down(parent)
-    _write(control, order)
-
-
-def _move_down(parent: Path) -> None:
-    """Empty a group that is delegated to us, all of whose processes are ours to place."""
-    (parent / _MAIN).mkdir(exist_ok=True)
-    for _ in range(100):  # some may fork meanwhile
-        pids = _words(parent / "cgroup.procs")
-        if not pids:
-            return
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                _write(parent / _MAIN / "cgroup.procs", pid)
-    raise OSError(errno.EBUSY, "its processes fork faster than they are moved", str(parent))
-
-
 def _limit_memory_v1(folder: Path, most: int) -> None:
     """Memory, and memory with swap, which may at no time be less than memory alone."""
     limit, both = folder / "memory.limit_in_bytes", folder / "memory.memsw.limit_in_bytes"
     if not both.exists():
-        _write(limit, str(most))
+        write(limit, str(most))
         with suppress(OSError):
-            _write(folder / "memory.swappiness", "0" if most >= 0 else "60")
+            write(folder / "memory.swappiness", "0" if most >= 0 else "60")
         return
     try:
-        _write(limit, str(most))
+        write(limit, str(most))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        _write(both, str(most))
-        _write(limit, str(most))
-    _write(both, str(most))
+        write(both, str(most))
+        write(limit, str(most))
+    write(both, str(most))
 
 
 def _remove(folder: Path) -> bool:
@@ -445,16 +300,12 @@ def _remove(folder: Path) -> bool:
             time.sleep(_WAIT_S)
 
 
-def _unescaped(path: str) -> str:
-    """A path of mountinfo, in which spaces and the like stand as octal."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
-
-
-def _words(path: Path) -> list[str]:
+def words(path: Path) -> list[str]:
+    """What a file of a control group says."""
     return path.read_text().split()
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """In one write, as the kernel wants it."""
     file = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
     try:

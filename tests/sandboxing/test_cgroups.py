@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from agentrl.sandbox import Limits
-from agentrl.sandboxing.cgroups import Group, Hierarchy, find
+from agentrl.sandboxing.cgroups import Group
+from agentrl.sandboxing.hierarchy import Hierarchy, find
 
 _LIMITS = Limits(memory_mib=64, pids=8)
 
@@ -125,7 +126,7 @@ def test_a_fork_bomb_is_killed_from_outside_each_time(group: Group) -> None:
 def test_a_group_that_holds_its_killer_is_left_alone(group: Group) -> None:
     code = (
         "import os\nfrom agentrl.sandbox import Limits, SandboxLost\n"
-        "from agentrl.sandboxing.cgroups import find\n"
+        "from agentrl.sandboxing.hierarchy import find\n"
         "group = find().make(Limits(memory_mib=None))\ngroup.enter(os.getpid())\n"
         "try: group.kill()\nexcept SandboxLost as error: print(error)"
     )
@@ -136,7 +137,7 @@ def test_a_group_that_holds_its_killer_is_left_alone(group: Group) -> None:
 
 _KILLED_OWNER = """
 import os, subprocess, sys
-from agentrl.sandboxing.cgroups import find
+from agentrl.sandboxing.hierarchy import find
 from agentrl.sandbox import Limits
 group = find().make(Limits())
 child = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
