@@ -34,7 +34,7 @@ from agentrl.sandbox import (
 )
 from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
 from agentrl.sandboxing.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
-from agentrl.sandboxing.cgroups import Hierarchy, find
+from agentrl.sandboxing.hierarchy import Hierarchy, find
 from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome, overfull, refused
 from agentrl.sandboxing.seccomp import deny_list
 from agentrl.sandboxing.workdirs import WorkDir, make_folder, sweep
@@ -179,6 +179,8 @@ class _Session:
             try:
                 self._work = WorkDir("bubblewrap", size_mib=limits.disk_mib, owner=self._owner)
                 undo.callback(self._work.remove)
+                if limits.disk_mib is not None and not self._work.is_sized:
+                    raise SandboxLost("no file system can be mounted for a sandbox's files")
                 self._group = host.hierarchy.make(limits, spare_pids=SPARE_PIDS)
             except OSError as error:
                 raise SandboxLost(f"a sandbox can't be made: {error}") from error

@@ -7,15 +7,16 @@ can, and a process that leaves the group lives on. POSIX only.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from agentrl.sandbox import (
@@ -29,7 +30,7 @@ from agentrl.sandbox import (
     check_enforced,
     lowered,
 )
-from agentrl.sandboxing.beneath import read_beneath, write_beneath
+from agentrl.sandboxing.beneath import read_beneath, remove_all, write_beneath
 from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, refused
 
 __all__ = ["Process"]
@@ -105,7 +106,7 @@ class _Session:
             return refused(f"a file can't be written: {error}")
         asked = time.monotonic()
         with self._running:
-            self._check_open()
+            folder = self._enter()
             queue_ms = (time.monotonic() - asked) * 1000
             try:
                 child = subprocess.Popen(
@@ -113,12 +114,16 @@ class _Session:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    cwd=self._folder,
-                    env=_environment(self._folder),
+                    cwd=folder,
+                    env=_environment(folder),
                     start_new_session=True,
                 )
             except (FileNotFoundError, ValueError) as error:  # a word with a NUL is the latter
                 return refused(str(error), exit_code=127)
+            except OSError as error:
+                if error.errno in (errno.E2BIG, errno.EACCES, errno.ENOEXEC):
+                    return refused(str(error))
+                raise SandboxLost(f"a process can't be started: {error}") from error
             try:
                 pumped = _pump(child, self._closing, stdin=stdin, limits=allowed)
             finally:  # also where a talk raised; it was killed by then
@@ -128,24 +133,26 @@ class _Session:
 
     def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        self._check_open()
-        return read_beneath(self._folder, path, most_bytes=most_bytes)
+        return read_beneath(self._enter(), path, most_bytes=most_bytes)
 
     def write(self, path: str, data: bytes) -> None:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        self._check_open()
-        write_beneath(self._folder, path, data)
+        write_beneath(self._enter(), path, data)
 
     def close(self) -> None:
         """Kill what runs, then remove the folder."""
         self._closing.set()
         with self._running:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            remove_all(self._folder)
         self._on_close(self)
 
-    def _check_open(self) -> None:
+    def _enter(self) -> Path:
+        """The folder, for us to enter. Raises SandboxLost."""
         if self._closing.is_set():
             raise SandboxLost("this sandbox is closed: open another")
+        with suppress(OSError):  # the code inside may even have removed it
+            self._folder.chmod(0o700)
+        return self._folder
 
 
 def _pump(

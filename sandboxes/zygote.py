@@ -37,7 +37,8 @@ from agentrl.sandbox import (
     lowered,
 )
 from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
-from agentrl.sandboxing.cgroups import Group, Hierarchy, find
+from agentrl.sandboxing.cgroups import Group
+from agentrl.sandboxing.hierarchy import Hierarchy, find
 from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, overfull, refused
 from agentrl.sandboxing.seccomp import telltale_filter
 from agentrl.sandboxing.zygote_handle import ZygoteHandle, ZygoteSettings
@@ -353,9 +354,10 @@ class _Run:
 
     def start(self, fork: Fork, argv: Sequence[str], *, entries: Sequence[int]) -> None:
         """Let ``fork`` make its processes, to have these descriptors. Raises SandboxLost."""
-        command = os.memfd_create("command", os.MFD_CLOEXEC)
-        theirs = [command]  # closed here once they are the zygote's
+        theirs: list[int] = []  # closed here once they are the zygote's
         try:
+            command = os.memfd_create("command", os.MFD_CLOEXEC)
+            theirs.append(command)
             with open(command, "wb", closefd=False) as file:
                 file.write(json.dumps(list(argv)).encode())
             os.lseek(command, 0, os.SEEK_SET)
@@ -366,6 +368,8 @@ class _Run:
                 if stream < 3 and self._owner is not None:
                     os.fchown(read, self._owner, self._owner)  # so that it can be opened as /dev/stdin is
             self._init = fork([*theirs, *entries])
+        except OSError as error:
+            raise SandboxLost(f"a run can't be started: {error}") from error
         finally:
             for descriptor in theirs:
                 os.close(descriptor)

@@ -6,7 +6,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -145,6 +146,37 @@ def test_a_bug_in_a_talk_comes_out_and_nothing_survives(sandbox: Sandbox) -> Non
         sandbox.run(["sh", "-c", "echo $$; exec sleep 60"], stdin=talk)
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(raised.value)), 0)
+
+
+def test_a_command_that_is_too_long_is_the_policys(sandbox: Sandbox) -> None:
+    result = sandbox.run(["sh", "-c", "#" * (4 << 20)])
+    assert (result.status, result.fault, result.exit_code) == ("error", "policy", 126)
+
+
+def test_a_folder_that_was_locked_is_opened_again_and_removed_with_all_that_is_inside() -> None:
+    code = (
+        "import os; os.makedirs('a/b'); os.chmod('a/b', 0); os.chmod('a', 0); print(os.getcwd()); "
+        "os.chmod('.', 0)"
+    )
+    with _as_nobody():
+        sandbox = make_sandbox("process").open(_TRUSTED)
+        folder = Path(sandbox.run(["python3", "-c", code]).stdout.decode().strip())
+        assert sandbox.run(["cat", "given"], files={"given": b"1"}).stdout == b"1"
+        assert sandbox.read("given") == b"1"
+        sandbox.close()
+        assert not folder.exists()
+
+
+@contextmanager
+def _as_nobody() -> Iterator[None]:
+    """Whom modes keep out; root passes everywhere."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
 
 
 def test_closing_ends_a_run_in_progress(sandbox: Sandbox) -> None:

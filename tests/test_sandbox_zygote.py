@@ -17,7 +17,7 @@ import pytest
 from agentrl.errors import BadConfig
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Channel, ExecResult, Limits, Sandbox, SandboxLost
-from agentrl.sandboxing.cgroups import find
+from agentrl.sandboxing.hierarchy import find
 from agentrl.sandboxing.owners import this_process
 
 _LIMITS = Limits(cpu_s=20, wall_s=60, memory_mib=256, pids=32, disk_mib=16, output_kib=64)
@@ -583,7 +583,8 @@ if not survey.available:
 assert {*survey.enforced} >= {*GUARANTEES, "disk_mib", "wall_s", "output_kib"}, survey
 sandbox = backend.open(Limits(**{what: None for what in survey.missing}))
 inside = "import os; print(os.getuid()); print(*[p for p in os.listdir('/proc') if p.isdigit()])\\n"
-inside += "os.kill(1, 9); open('/work/b', 'w').write('c'); print(open('a').read()); open('/proc/1/environ')"
+inside += "for number in range(1, 32): os.kill(1, number)\\n"
+inside += "open('/work/b', 'w').write('c'); print(open('a').read()); open('/proc/1/environ')"
 result = sandbox.run(["python3", "-c", inside], files={"a": b"b"})
 print(result.stdout.decode(), sandbox.read("b"), result.stderr.decode().splitlines()[-1])
 backend.close()

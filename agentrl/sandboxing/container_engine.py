@@ -40,6 +40,7 @@ _FILES = 1024  # open ones of a process
 _INODES_PER_MIB = 256
 _FIRST_PROCESS_PIDS = 1
 _REMOVALS = 3
+_MEMORY_REFUSED = ("unable to set memory limit", "device or resource busy")  # runc's words, and the kernel's
 _GONE = (404, 409)  # removed, or being removed
 _DEATH_S = 30.0  # for the engine to tell of it; its streams end earlier, on a busy machine by seconds
 _numbers = itertools.count()
@@ -228,7 +229,7 @@ class Engine:
         with self._world("set limits"):
             place = f"{self._client.base_url}/v{self._client.api_version}/containers/{container.id}/update"
             answer = self._client.post(place, json=wanted, timeout=self._patience_s)
-            if answer.status_code == 500:  # the kernel refused it
+            if answer.status_code == 500 and any(words in answer.text for words in _MEMORY_REFUSED):
                 return False
             answer.raise_for_status()
         container.memory_mib, container.pids = memory_mib, pids

@@ -117,11 +117,14 @@ class Link:
 
     def write(self, path: str, data: bytes, *, within_s: float) -> None:
         """Write a file. Raises OSError and LinkLost."""
+        until = time.monotonic() + within_s
         self.post(first.WRITE, path.encode())
         for start in range(0, len(data), first.CHUNK):
             self.post(first.INPUT, memoryview(data)[start : start + first.CHUNK])
             while not self.is_sent and not self._frames:
-                self.wait(within_s)
+                if time.monotonic() >= until:
+                    raise LinkLost(f"the container's first process took no file in {within_s:g} s")
+                self.wait(until - time.monotonic())
         self.post(first.END)
         kind, more = self.hear((first.DONE, first.FAILED), within_s=within_s)
         if kind == first.FAILED:

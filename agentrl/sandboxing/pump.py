@@ -115,8 +115,10 @@ def drive(pipes: Pipes, clock: Clock, *, stdin: bytes | Talk, limits: Limits) ->
         end = pump.over or pump.part()
     finally:
         wall_s = time.monotonic() - pump.began
-        clock.kill()
-        pump.drain()
+        try:
+            clock.kill()
+        finally:
+            pump.drain()
     return Pumped(pump.stdout, pump.stderr, end, wall_s)
 
 

@@ -55,36 +55,28 @@ class ZygoteHandle:
 
     def __init__(self, settings: ZygoteSettings) -> None:
         self._lock = threading.Lock()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        python = _python()
-        with theirs:
-            self._process = subprocess.Popen(
-                [python, "-I", "-S", "-c", _BOOT],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env=_environment(python),
-                start_new_session=True,
-            )
-        self._socket = ours
-        self._socket.settimeout(_ANSWER_S)
         self._is_lost = False
+        try:
+            self._socket, self._process = _start()
+        except OSError as error:
+            raise SandboxLost(f"no zygote starts: {error}") from error
         setup = {
             "sources": _sources(),
             "preload": list(settings.preload),
             "packages": [os.path.realpath(folder) for folder in settings.packages],
             "seccomp": settings.seccomp.hex(),
         }
-        host = os.pidfd_open(os.getpid())
+        host = -1
         try:
+            host = os.pidfd_open(os.getpid())
             self._socket.send(json.dumps(setup).encode())
             self._ask({}, [host])
         except (OSError, SandboxLost) as error:
             self.close()
             raise SandboxLost(f"no zygote starts: {error}") from None
         finally:
-            os.close(host)
+            if host >= 0:
+                os.close(host)
 
     @property
     def pid(self) -> int:
@@ -133,6 +125,8 @@ class ZygoteHandle:
     def _ask(self, request: Mapping[str, object], descriptors: Sequence[int]) -> list[int]:
         """The descriptors of its answer."""
         with self._lock:
+            if self._is_lost:  # what it says now may answer an earlier question
+                raise SandboxLost("the zygote is lost")
             try:
                 socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
                 answer, received, _, _ = socket.recv_fds(
@@ -147,6 +141,28 @@ class ZygoteHandle:
             self._is_lost = True
             raise SandboxLost("the zygote died")
         raise SandboxLost(answer.decode(errors="replace"))
+
+
+def _start() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Our end of its socket, and the process. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(_ANSWER_S)
+    python = _python()
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                [python, "-I", "-S", "-c", _BOOT],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env=_environment(python),
+                start_new_session=True,
+            )
+    except OSError:
+        ours.close()
+        raise
+    return ours, process
 
 
 @cache

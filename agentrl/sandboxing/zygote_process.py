@@ -284,7 +284,8 @@ def _serve(control: socket.socket, host: int) -> Run:
                     control.detach()  # its number means something else by now
                     return run
         except OSError as error:
-            control.send(f"{error.strerror}: {error.filename}".encode())
+            if request["do"] != "close":  # to which nobody waits for an answer
+                control.send(f"{error.strerror}: {error.filename}".encode())
         for descriptor in descriptors:
             os.close(descriptor)
         if answer > 0:
@@ -326,6 +327,7 @@ def _fork(run: Run, namespace: int, own: int) -> int:
             os.write(group, b"0")
         _prepare(run)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # before there is a child, which may end at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a handler would let signals from within reach the init
         child = os.fork()
     except OSError as error:
         _fail(run, error)
@@ -417,6 +419,7 @@ def _confine(run: Run, program: bytes) -> list[str]:
         with open(run.payload, "rb", closefd=False) as file:
             argv: list[str] = json.loads(file.read())
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         _give_up_rights(run.uid)
         _prctl(_SET_DUMPABLE, 1)  # as an ordinary process: it can look at itself and its children
         if program:
