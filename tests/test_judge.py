@@ -93,6 +93,45 @@ def test_notes_tell_of_visible_tests_only(judge: Judge) -> None:
     assert verdict.note == "for the input '1\\n' it printed '0\\n', expected '2\\n'"
 
 
+def test_no_hidden_input_gets_into_the_note_of_a_visible_test(judge: Judge) -> None:
+    tests = tuple(
+        CallTest(id=name, args=(value,), expected=0, visible=name == "seen")
+        for name, value in (("first", 314159), ("seen", 1), ("last", 271828))
+    )
+    looks = """
+import sys
+def f(x):
+    waiting = [str(frame.f_locals) for frame in _frames()]
+    raise ValueError([number for number in ("314159", "271828") if any(number in text for text in waiting)])
+def _frames():
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        yield frame
+"""
+    verdict = judge.judge(looks, Problem(entry_point="f", tests=tests), stop_early=False)
+    assert [outcome.note for outcome in verdict.outcomes] == ["", "f raised ValueError: []", ""]
+    assert verdict.note == "f raised ValueError: []"
+
+
+def test_a_reply_that_only_looks_like_a_complex_number_is_a_wrong_answer(judge: Judge) -> None:
+    for part in ("{}", '{"int":"zz"}', '{"float":"abc"}'):
+        forged = f"""
+import json
+def f(x):
+    json.dumps = lambda *_, **named: '[0,"value",{{"complex":[{part},0.0]}}]'
+    return 1
+"""
+        problem = Problem(entry_point="f", tests=(CallTest(id="one", args=(1,), expected=1j),))
+        verdict = judge.judge(forged, problem)
+        assert (verdict.verdict, verdict.fault, verdict.flags) == ("RE", "policy", ("garbled",))
+
+
+def test_an_expected_output_that_could_not_be_kept_is_refused(judge: Judge) -> None:
+    for text in ("x" * (64 << 10), "\u4e2d" * 30_000):
+        with pytest.raises(BadConfig, match="raise output_kib"):
+            judge.judge("print(1)", Problem(tests=(IOTest(id="one", stdin="", stdout=text),)))
+
+
 @pytest.mark.parametrize("problem", [_CALLS, _ASSERTS, _PROGRAM], ids=["calls", "asserts", "program"])
 def test_what_is_no_python_is_a_compile_error(judge: Judge, problem: Problem) -> None:
     verdict = judge.judge("def f(x) return x", problem)

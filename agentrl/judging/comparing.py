@@ -71,7 +71,7 @@ def _check_tagged(tag: str, inner: Any, depth: int, *, hashable: bool) -> None:
             _check(pair[0], depth - 1, hashable=True)
             _check(pair[1], depth - 1)
     elif tag == "complex" and is_list and len(inner) == 2:
-        if not all(_opened(part)[0] == "float" for part in inner):
+        if not all(map(_is_float, inner)):
             raise Garbled("a complex number of something else than floats")
     elif tag == "float" and is_text:
         if inner not in _FLOATS:
@@ -83,6 +83,12 @@ def _check_tagged(tag: str, inner: Any, depth: int, *, hashable: bool) -> None:
             raise Garbled(f"{tag} that is none") from None
     else:
         raise Garbled("an unknown kind of value")
+
+
+def _is_float(part: Any) -> bool:
+    if type(part) is not dict:
+        return type(part) is float
+    return list(part) == ["float"] and type(part["float"]) is str and part["float"] in _FLOATS
 
 
 def _opened(tree: Any) -> tuple[str, Any]:

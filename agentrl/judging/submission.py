@@ -40,8 +40,10 @@ def judge_once(
 ) -> Judgement:
     """Judge in fresh sandboxes. Raises SandboxLost, and BadData where a test can't be what it says."""
     record = Record(solution, problem, open_sandbox, limits, stop_early)
+    # What is said of a visible test is written down before the program has seen anything of a hidden one.
+    in_order = sorted(problem.tests, key=lambda test: not test.visible)
     for kind, run in _RUNS.items():
-        tests = [test for test in problem.tests if _kind(test) == kind]
+        tests = [test for test in in_order if _kind(test) == kind]
         if tests and not record.is_over and record.compiled:
             run(record, tests)
     return record.judgement()
@@ -107,12 +109,14 @@ class _Calls:
 
 
 def _batches(tests: Sequence[CallTest]) -> Iterator[tuple[int, list[Any]]]:
-    """The calls in messages of a size that a pipe takes, each with the number of its first."""
+    """The calls in messages of a size that a pipe takes, each with the number of its first; none has both
+    visible and hidden ones."""
     first, batch, size = 0, list[Any](), 0
     for number, test in enumerate(tests):
         call = [number, encode(list(test.args)), encode(dict(test.kwargs))]
         length = len(frame(call))
-        if batch and (len(batch) == _BATCH_CALLS or size + length > _BATCH_BYTES):
+        is_full = len(batch) == _BATCH_CALLS or size + length > _BATCH_BYTES
+        if batch and (is_full or test.visible != tests[first].visible):
             yield first, batch
             first, batch, size = number, [], 0
         batch.append(call)
@@ -266,10 +270,10 @@ def _run_shared(record: Record, tests: Sequence[AssertTest]) -> None:
 def _run_programs(record: Record, tests: Sequence[IOTest]) -> None:
     kept = None if record.limits.output_kib is None else record.limits.output_kib << 10
     for test in tests:
-        if kept is not None and len(test.stdout) > kept:
+        size = len(test.stdout.encode(errors="surrogatepass")) + 1  # a line's end more is right, too
+        if kept is not None and size > kept:
             raise BadConfig(
-                f"test {test.id!r} expects {len(test.stdout)} characters, and {kept} bytes of an "
-                "output are kept: raise output_kib"
+                f"test {test.id!r} expects {size} bytes, and {kept} of an output are kept: raise output_kib"
             )
         if record.is_late:
             record.enter(test, "TLE", ran=False)

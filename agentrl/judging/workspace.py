@@ -47,11 +47,23 @@ def judge_workspace_once(
         by_file.setdefault(test.id.partition("::")[0], []).append(test)
     for tests_of_file in by_file.values():
         with closing(open_sandbox(limits)) as sandbox:
-            for path, data in placed.items():
-                sandbox.write(path, data)
-            for test in tests_of_file:
-                _grade(record, sandbox, test, tests.files)
+            if note := _place(sandbox, placed):
+                for test in tests_of_file:
+                    record.enter(test, "RE", note, ran=False)
+            else:
+                for test in tests_of_file:
+                    _grade(record, sandbox, test, tests.files)
     return record.judgement()
+
+
+def _place(sandbox: Sandbox, files: Mapping[str, bytes]) -> str:
+    """Write the agent's files; what is wrong with them where they don't fit, or into each other's folders."""
+    try:
+        for path, data in files.items():
+            sandbox.write(path, data)
+    except OSError as error:
+        return f"the files that were left can't be placed: {error}"
+    return ""
 
 
 def _placed(files: Mapping[str, bytes], tests: FileTests) -> tuple[dict[str, bytes], list[str]]:

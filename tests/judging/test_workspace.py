@@ -65,6 +65,11 @@ def test_a_wrong_one_fails_those_that_it_fails(judge: Judge) -> None:
     assert verdict.passed == ("tests/test_shop.py::test_sum",)
 
 
+def test_files_that_can_not_lie_beside_each_other_are_the_agents_fault(judge: Judge) -> None:
+    verdict = _judged(judge, _RIGHT, {"shop/prices.py/inside": b""})
+    assert (verdict.verdict, verdict.fault, verdict.passed) == ("RE", "policy", ())
+
+
 _WRONG = b"def total(prices):\n    return -1\n"
 
 
