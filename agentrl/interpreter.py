@@ -39,6 +39,7 @@ class Interpreter:
         self._open, self._most = open_sandbox, most_bytes
         self._sandbox: Sandbox | None = None
         self._run: _Run | None = None
+        self._lost = ""  # what the next text begins with
         self._closed = False
         self._lock = threading.Lock()
 
@@ -51,9 +52,10 @@ class Interpreter:
         self.start()
         run = self._run
         assert run is not None
+        lost, self._lost = self._lost, ""
         text = run.ask({"code": code, "most": self._most}, deadline_s=deadline_s)
         if text is not None:
-            return text
+            return lost + text
         if not run.ended.is_set():
             self._drop()
             return f"error: the cell took longer than {deadline_s:g} s: all variables and files are lost"
@@ -65,15 +67,23 @@ class Interpreter:
         if self._run is not None and self._run.ended.is_set():
             self._run.outcome()  # raises where the world ended it
             self._run = None
-        if self._run is None:
-            if self._sandbox is None:
-                self._sandbox = self._opened()
-            self._run = _Run(self._sandbox, most_bytes=self._most * _FRAME_BYTES + 1000)
-            if self._run.ask(None, deadline_s=_START_S) is None:
-                ended = self._run.ended.is_set() and self._run.outcome()
-                said = ended.stderr[-300:].decode(errors="replace") if ended else ""
-                self._drop()
-                raise SandboxLost(f"python3 did not start in a sandbox within {_START_S:g} s: {said}")
+        if self._run is None and self._sandbox is not None and self._begin() is not None:
+            self._lost = "no interpreter starts among the files that were left: all files are lost\n"
+        if self._run is None and (said := self._begin()) is not None:
+            raise SandboxLost(f"python3 did not start in a sandbox within {_START_S:g} s: {said}")
+
+    def _begin(self) -> str | None:
+        """Start one, in the sandbox that there is or a fresh one; what it said where it does not start, when
+        its sandbox is closed. Raises SandboxLost."""
+        if self._sandbox is None:
+            self._sandbox = self._opened()
+        self._run = _Run(self._sandbox, most_bytes=self._most * _FRAME_BYTES + 1000)
+        if self._run.ask(None, deadline_s=_START_S) is not None:
+            return None
+        ended = self._run.ended.is_set() and self._run.outcome()
+        said = ended.stderr[-300:].decode(errors="replace") if ended else ""
+        self._drop()
+        return said
 
     def close(self) -> None:
         """End it and its sandbox. Idempotent."""

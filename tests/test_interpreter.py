@@ -121,6 +121,18 @@ def test_a_cell_that_ends_the_interpreter_keeps_the_files(
     assert len(opened) == 1
 
 
+def test_files_that_keep_an_interpreter_from_starting_are_the_models_loss(
+    interpreter: Interpreter, opened: list[Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(interpreter, "open('kept', 'w').write('y')", "import os; os._exit(0)")
+    monkeypatch.setattr(opened[0], "run", _Dumb().run)
+    assert run(interpreter, "import os; os.path.exists('kept')", "2") == [
+        "no interpreter starts among the files that were left: all files are lost\nFalse\n",
+        "2\n",
+    ]
+    assert len(opened) == 2
+
+
 def test_one_that_dies_between_cells_is_the_models_fault_too(interpreter: Interpreter) -> None:
     run(interpreter, "import threading, os; threading.Timer(0.2, os._exit, [4]).start()")
     time.sleep(1.5)
