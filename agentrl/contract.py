@@ -14,6 +14,7 @@ from typing import Any
 import gymnasium
 from gymnasium.utils.env_checker import check_env
 
+from agentrl.attacks.catalogue import VERDICTS
 from agentrl.env import Env, Step
 from agentrl.errors import did_you_mean
 from agentrl.probes import SEED, WORTHLESS, Start, Subject, Unsound, gold_of, play, require
@@ -101,17 +102,19 @@ def keeps_its_splits_apart(subject: Subject) -> str:
 
 
 def declares_what_there_is(subject: Subject) -> str:
-    """What is declared is a probe, a tool, a role or a key of info, and each has its reason."""
+    """What is declared is a probe, an attack, a tool, a role or a key of info, and each has its reason."""
     env = subject.env
+    attacks = {attack.name for attack in VERDICTS}
     known = {*WORTHLESS, *(tool.name for tool in env.tools), "system", "user", "tool"}
     if env.declared and subject.starts:
         start = subject.starts[0]
         episode = play(env, start, gold_of(env, start.task))
         known |= {key for info in (episode.opening[1], *(step[4] for step in episode.steps)) for key in info}
     for name, reason in env.declared.items():
-        if name not in known:
+        if name not in known | attacks:
             raise Unsound(
-                f"declared has {name!r}{did_you_mean(name, known)}: it takes {', '.join(sorted(known))}"
+                f"declared has {name!r}{did_you_mean(name, known | attacks)}: it takes "
+                f"{', '.join(sorted(known))}, and the names of attacks on verdicts"
             )
         if not reason.strip():
             raise Unsound(f"declared[{name!r}] is empty: write down the reason")

@@ -111,9 +111,12 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         """The assistant messages of a right episode of ``task``."""
         raise NotImplementedError(f"{type(self).__name__} must define gold(task)")
 
-    def as_submission(self, task: Task, code: str) -> Sequence[Message]:
+    def as_submission(
+        self, task: Task, code: str, files: Mapping[str, str] | None = None
+    ) -> Sequence[Message]:
         """The assistant messages that hand in the program ``code``; none where the reward judges no programs.
 
+        ``files``: what it brings along, text by name, for environments whose answers may have more than one.
         With it ``agentrl check`` tries whether the verdict can be cheated.
         """
         return ()

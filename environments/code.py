@@ -125,8 +125,10 @@ class Code(ToolEnv):
             )
         return (Message("assistant", _fenced(task.truth["gold"])),)
 
-    def as_submission(self, task: Task, code: str) -> tuple[Message, ...]:
-        """``code`` as the answer of every turn."""
+    def as_submission(
+        self, task: Task, code: str, files: Mapping[str, str] | None = None
+    ) -> tuple[Message, ...]:
+        """``code`` as the answer of every turn, without ``files``: an answer is one program."""
         return (Message("assistant", _fenced(code)),) * self.max_turns
 
     async def astep(self, action: Message) -> Step:

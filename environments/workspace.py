@@ -10,6 +10,7 @@ that was not changed is worth nothing and is not judged: it does have the bug.
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -46,7 +47,11 @@ class Workspace(SessionEnv):
         "not there are not judged. When it is done, say so in a message without a tool call."
     )
     declared: ClassVar[Mapping[str, str]] = {
-        "a copied tool result": "the files that were left are judged, whatever is said last"
+        "a copied tool result": "the files that were left are judged, whatever is said last",
+        **dict.fromkeys(
+            ("pytest-reads-the-tests", "pytest-returns-equal", "spy-on-frames"),
+            "hidden tests import the repaired files, so that both share a process",
+        ),
     }
     max_turns = 16
     session_limits: ClassVar[Limits] = Limits(cpu_s=10.0, wall_s=40.0, disk_mib=32)
@@ -114,12 +119,19 @@ class Workspace(SessionEnv):
                 turns.append(Message("assistant", "", (call,)))
         return (*turns, Message("assistant", "The bug is repaired."))
 
-    def as_submission(self, task: Task, code: str) -> tuple[Message, ...]:
-        """``code`` in place of each file that the repair changes, and where Python may load it by itself."""
-        paths = (*task.truth["gold"], "conftest.py", "sitecustomize.py", "pytest.py")
+    def as_submission(
+        self, task: Task, code: str, files: Mapping[str, str] | None = None
+    ) -> tuple[Message, ...]:
+        """``code`` in place of each file that the repair changes, and where Python may load it by itself.
+
+        What it calls ``solve`` goes by every name, too, that such a file has to define.
+        """
+        given = dict.fromkeys(("conftest.py", "sitecustomize.py", "pytest.py"), code)
+        for path, text in task.truth["gold"].items():
+            given[path] = code + _ALIASES.format(names=_defined(text))
         calls = tuple(
-            ToolCall(id=f"call_{place}", name="write_file", arguments={"path": path, "content": code})
-            for place, path in enumerate(paths)
+            ToolCall(id=f"call_{place}", name="write_file", arguments={"path": path, "content": text})
+            for place, (path, text) in enumerate({**given, **(files or {})}.items())
         )
         return (Message("assistant", "", calls), Message("assistant", "The bug is repaired."))
 
@@ -190,6 +202,18 @@ class Workspace(SessionEnv):
         if result.status == "lost":
             raise SandboxLost("the sandbox of a workspace went away")
         return result
+
+
+_ALIASES = "\nglobals().update({{name: solve for name in {names!r} if name not in globals()}})\n"
+
+
+def _defined(text: str) -> list[str]:
+    """The names that a module's functions and classes have."""
+    return [
+        node.name
+        for node in ast.parse(text).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ import pytest
 
 import agentrl
 from agentrl import resources
+from agentrl.attacks.catalogue import VERDICTS
 from agentrl.checks import Report, check_environment
 from agentrl.env import Env, Step
 from agentrl.errors import ToolError, WorldError
@@ -305,7 +306,9 @@ class ScoresOnce(Sound):
 class TrustsExitCodes(Sound):
     """Pays what a runner would that takes the exit code for the verdict; programs are read here, not run."""
 
-    def as_submission(self, task: Task, code: str) -> Sequence[Message]:
+    def as_submission(
+        self, task: Task, code: str, files: Mapping[str, str] | None = None
+    ) -> Sequence[Message]:
         return (Message("assistant", code),)
 
     def reward(self, evidence: Evidence) -> float:
@@ -549,7 +552,9 @@ def test_the_rewards_note_says_why_gold_scores_nothing() -> None:
 
 def test_a_program_that_makes_the_world_fail_is_found() -> None:
     class Falls(Sound):
-        def as_submission(self, task: Task, code: str) -> Sequence[Message]:
+        def as_submission(
+            self, task: Task, code: str, files: Mapping[str, str] | None = None
+        ) -> Sequence[Message]:
             return (Message("assistant", code),)
 
         def reward(self, evidence: Evidence) -> float:
@@ -559,6 +564,32 @@ def test_a_program_that_makes_the_world_fail_is_found() -> None:
 
     (detail,) = failed(check(Falls)).values()
     assert "the program 'leave-os-exit' ended as a failure of the world: the sandbox is gone" in detail
+
+
+class TakesFiles(Sound):
+    """Pays what pytest would that loads a conftest from beside the program; nothing is run here."""
+
+    def as_submission(
+        self, task: Task, code: str, files: Mapping[str, str] | None = None
+    ) -> Sequence[Message]:
+        return (Message("assistant", "\n".join([code, *(files or {})])),)
+
+    def reward(self, evidence: Evidence) -> float:
+        return 1.0 if "conftest.py" in evidence.answer else super().reward(evidence)
+
+
+def test_attacks_bring_their_files_along_and_what_can_not_be_helped_is_declared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (detail,) = failed(check(TakesFiles)).values()
+    assert "the attack 'pytest-conftest' (a conftest that lets every test pass) scores 1" in detail
+    names = [attack.name for attack in VERDICTS if "conftest.py" in attack.files]
+    reason = "conftest.py is loaded from beside the program"
+    monkeypatch.setattr(TakesFiles, "declared", dict.fromkeys(names, reason))
+    report = check(TakesFiles)
+    assert report.ok, str(report)
+    (row,) = (row for row in report.rows if row.name.startswith("attacks on its verdict"))
+    assert row.detail.endswith("".join(f"; declared: {name}" for name in names))
 
 
 def test_twins_are_closed_when_their_check_is_over() -> None:

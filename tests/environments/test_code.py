@@ -239,15 +239,6 @@ def test_gymnasium_makes_it_and_vectors_of_it(rows: Path) -> None:
     envs.close()
 
 
-@pytest.fixture
-def hardened() -> str:
-    with closing(make_sandbox("bubblewrap")) as backend:
-        survey = backend.survey()
-    if survey.missing or not survey.available:
-        pytest.skip(survey.note or str(survey.missing))
-    return "bubblewrap"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("turns", [1, 2])
 def test_it_passes_the_shared_checks(code: Any, turns: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import trusting
 import agentrl
 from agentrl.attacks import cheating
 from agentrl.errors import BadData
+from agentrl.probes import Subject, Unsound
 from agentrl.sandbox import SandboxLost
 from agentrl.types import Message, ToolCall
 
@@ -165,6 +166,27 @@ def test_it_passes_the_shared_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cheating, "VERDICTS", harmless)  # programs are plain processes here
     report = agentrl.check("workspace", episodes=1, endurance=20, **FAKE)
     assert report.ok, str(report)
+
+
+@pytest.mark.bwrap
+@pytest.mark.slow
+def test_no_attack_of_the_catalogue_is_paid_but_those_that_are_declared(hardened: str) -> None:
+    env = agentrl.make("workspace", sandbox=hardened)
+    check = cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers
+    count, *declared = check(Subject(env, episodes=12, endurance=10)).split("; declared: ")
+    assert int(count.split()[0]) > 100
+    assert declared == ["spy-on-frames", "pytest-returns-equal", "pytest-reads-the-tests"]
+
+
+@pytest.mark.bwrap
+@pytest.mark.slow
+def test_an_attack_that_is_declared_would_be_paid(hardened: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.environments.workspace.Workspace.declared", {})
+    env = agentrl.make("workspace", sandbox=hardened)
+    with pytest.raises(Unsound, match="the attack 'spy-on-frames'|the attack 'pytest-returns-equal'"):
+        cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers(
+            Subject(env, episodes=12, endurance=10)
+        )
 
 
 def test_gymnasium_makes_it() -> None:
