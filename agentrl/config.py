@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticSerializationError
+
+from agentrl.errors import BadConfig
 
 __all__ = [
     "AlgorithmConfig",
@@ -42,6 +45,7 @@ Text = Annotated[str, Field(min_length=1)]
 # YAML knows lists only; strict applies to what is in them.
 Names = Annotated[tuple[Text, ...], Field(strict=False)]
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+Places = Annotated[tuple[CountOrZero, ...], Field(strict=False, min_length=1)]
 Betas = Annotated[tuple[BelowOne, BelowOne], Field(strict=False)]
 
 
@@ -188,6 +192,7 @@ class EngineConfig(_Section):
     )
     merge: bool = False  # vllm, on a GPU: adapters go into its weights; false: its LoRA kernels serve them
     share_gpu: bool = False  # vllm: on the learner's GPU; it sleeps, its memory free, while the learner works
+    gpus: Places | None = None  # vllm: GPUs of its own, as torch numbers them; null: it sees all, and takes 0
     args: dict[str, Any] = {}  # vllm: its engine's arguments by their own names, gpu_memory_utilization say
     url: Text | None = None  # openai: of the API, its version included, http://127.0.0.1:8000/v1 say
     model: Text | None = None  # openai: the base's name on the server; null: that of model.path
@@ -213,12 +218,15 @@ class EngineConfig(_Section):
     def _knows_its_server(self) -> EngineConfig:
         if self.kind == "openai" and self.url is None:
             raise ValueError("url is missing: kind: openai needs it, such as http://127.0.0.1:8000/v1")
+        if self.gpus is not None and (self.merge or self.share_gpu):
+            name = "merge" if self.merge else "share_gpu"
+            raise ValueError(f"{name} is true; it must be false with gpus: it takes the learner's own GPU")
         return self
 
 
 _ENGINE_FIELDS = {  # that one kind has alone
     "embedded": ("deterministic",),
-    "vllm": ("swap", "merge", "share_gpu", "args"),
+    "vllm": ("swap", "merge", "share_gpu", "gpus", "args"),
     "openai": ("url", "model", "dialect", "api_key_env", "adapter_dir", "request_retries", "backoff_s"),
 }
 
@@ -228,7 +236,7 @@ class AlgorithmConfig(_Section):
 
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     clip_low: BelowOne = 0.2  # ratio is clipped below at 1 - clip_low
-    clip_high: Positive = 0.28  # and above at 1 + clip_high
+    clip_high: Positive = 0.28  # and above at 1 + clip_high; both act from the second minibatch on
     kl: NotNegative = 0.0  # weight of the k2 penalty to the adapter-free base; 0: no reference is computed
     minibatches: Count = 1  # optimizer steps a batch of rollouts
     max_staleness: CountOrZero = 0  # versions that rollouts may run ahead; 0: strictly on-policy
@@ -412,4 +420,10 @@ def _values(section: _Section) -> dict[str, Any]:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, defaults included; loading it gives an equal configuration."""
-    return yaml.safe_dump(_values(config), sort_keys=False, allow_unicode=True)
+    try:
+        return yaml.safe_dump(_values(config), sort_keys=False, allow_unicode=True)
+    except PydanticSerializationError as error:
+        raise BadConfig(
+            f"the configuration holds what can't be written down: {error}; give plain values, and rewards of "
+            "your own by the name that they are registered under"
+        ) from None

@@ -1,9 +1,9 @@
 """What would stop a run that has begun, found before it leaves anything behind.
 
-Cheap things first: the output folder, the environment and its reward, its splits, the model's folder; then
-the chat template with the longest known prompt, and the memory. What passes here may still fail
-later: a model on the hub is only looked at once its weights are downloaded, and of a stream of tasks only the
-first ones are known.
+Cheap things first: the output folder, the engine's settings, the environment and its reward, its splits, the
+model's folder; then the chat template with the longest known prompt, and the memory. What passes here may
+still fail later: a model on the hub is only looked at once its weights are downloaded, vLLM's own arguments
+once it starts, and of a stream of tasks only the first ones are known.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def check_run(config: RunConfig, *, device: str = "cpu") -> None:
     check_writable(Path(config.output) / config.name, key="output")
     if config.model.parser is not None and not config.model.parser.startswith(VLLM_PREFIX):
         get_parser(config.model.parser)  # vLLM's need a tokenizer, which only a model on disk has yet
+    if config.engine.kind != "embedded":
+        from agentrl.serving import check_engine  # here, because it loads torch
+
+        check_engine(config, device=device)
     splits = (config.environment.train, config.environment.held_out)
     with closing(make(config.environment.id, **config.environment.args)) as env:
         check_splits(env, splits)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentrl.config import EngineConfig, RolloutConfig
+from agentrl.config import EngineConfig, RolloutConfig, RunConfig
 from agentrl.engine import Engine
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.engines.openai import OpenAIEngine, OpenAISettings
-from agentrl.engines.server import ServerSettings
+from agentrl.engines.server import ServerSettings, read_key
 from agentrl.engines.vllm import VLLMEngine, VLLMSettings
+from agentrl.engines.vllm_settings import check_device, check_temperature, no_vllm
 from agentrl.errors import BadConfig
 
-__all__ = ["Served", "open_engine"]
+__all__ = ["Served", "check_engine", "open_engine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,33 @@ async def open_engine(
     return await OpenAIEngine.connect(_openai(settings, served), encode=encode, jitter=jitter)
 
 
+def check_engine(config: RunConfig, *, device: str) -> None:
+    """Raises UserError for an ``engine`` section that the run's engine would not start with on ``device``, as
+    far as that is known without starting it."""
+    settings, targets = config.engine, config.lora.target_modules
+    served = Served(
+        base=config.model.path or "",
+        model=None,
+        tokenizer=None,
+        limits=config.rollout,
+        max_lora_rank=config.lora.r,
+        lora_modules=None if isinstance(targets, str) else targets,
+        training=True,
+    )
+    if settings.kind == "openai":
+        read_key(_openai(settings, served).server.api_key_env)
+    if settings.kind == "vllm":
+        check_device(_vllm(settings, served), on_cpu=device == "cpu")
+        for temperature in (config.rollout.temperature, config.evaluation.temperature):
+            check_temperature(temperature)
+        if importlib.util.find_spec("vllm") is None:
+            raise no_vllm("there is no module named vllm")
+
+
 def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
+    for name in ("swap", "share_gpu"):
+        if name in settings.model_fields_set and not served.training:
+            raise BadConfig(f"engine.{name} has no effect on an evaluation, which has no update: remove it")
     if settings.merge and not served.training:
         raise BadConfig(
             "engine.merge is true; it is for training, as an evaluation has no base in memory to merge with: "
@@ -72,6 +100,7 @@ def _vllm(settings: EngineConfig, served: Served) -> VLLMSettings:
         dtype=served.dtype,
         swap=settings.swap,
         merge=settings.merge,
+        gpus=settings.gpus,
         sleeps=settings.share_gpu,
         args=settings.args,
     )

@@ -7,11 +7,11 @@ it from the first step to the last, ``agentrl.bench`` for a few.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from agentrl.threads import in_compute_thread
 from agentrl.types import Group, Sample
 
 __all__ = ["RolledOut", "Trainer"]
+
+T = TypeVar("T")
 
 _CANARIES = 4  # prompts, of different tasks
 _CANARY_TOKENS = 128  # of a prompt, at most: its last ones, as all may begin alike
@@ -220,14 +222,25 @@ class Trainer:
 
     async def _hand_over(self, adapter: Adapter) -> dict[str, float]:
         """Have the engine serve ``adapter`` as the current version, and prove it; what the proof found."""
-        await self._engine.load(adapter, self.version)
-        if self._canary is None:
+        await self._insist(lambda: self._engine.load(adapter, self.version))
+        canary = self._canary
+        if canary is None:
             return {}
         with self.apart():
-            for _ in range(self._config.rollout.retries):
-                with suppress(EngineError):
-                    return await self._canary.prove(adapter, self.version)
-            return await self._canary.prove(adapter, self.version)
+            return await self._insist(lambda: canary.prove(adapter, self.version))
+
+    async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the engine answers, asked again where it fails. Raises EngineError."""
+        for _ in range(self._config.rollout.retries):
+            with suppress(EngineError):
+                return await ask()
+        try:
+            return await ask()
+        except EngineError as error:
+            raise EngineError(
+                f"{error}; see to the engine, then go on behind what was saved with the same command and "
+                "--resume"
+            ) from error
 
     def _make_canary(self, groups: Sequence[Group]) -> Canary | None:
         """A proof of weights on the openings of these groups; None where no episode has one."""

@@ -144,6 +144,7 @@ def serve(patch: pytest.MonkeyPatch, kind: Callable[[Any], Chance] = Chance) -> 
         return opened[-1]
 
     patch.setattr("agentrl.trainer.open_engine", open_engine)
+    patch.setattr("agentrl.serving.check_engine", lambda config, device: None)
     patch.setattr("agentrl.trainer.Canary", Credulous)
     return opened
 

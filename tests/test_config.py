@@ -179,7 +179,7 @@ def test_every_kind_of_engine_loads_back_equal(engine: dict[str, Any]) -> None:
 
 _OF_ONE_KIND: dict[str, dict[str, Any]] = {
     "embedded": {"deterministic": False},
-    "vllm": {"swap": "finish", "merge": True, "share_gpu": False, "args": {}},
+    "vllm": {"swap": "finish", "merge": True, "share_gpu": False, "gpus": (1,), "args": {}},
     "openai": {
         "url": "http://h/v1",
         "model": "base",
@@ -225,6 +225,7 @@ def test_every_engine_setting_is_of_one_kind_or_of_all() -> None:
         ),
         ({"engine": _SERVER, "model": {"tiny": {}}}, "model.tiny can't be used with engine.kind: openai"),
         ({"engine": _SERVER, "lora": {"train_norms": True}}, "train_norms is true; it must be false with"),
+        ({"engine": {"kind": "vllm", "gpus": [1], "share_gpu": True}}, "share_gpu is true; it must be false"),
         ({"engine": "vllm", "lora": {"train_norms": True}}, "with engine.kind: vllm, which serves LoRA's"),
         (
             {"engine": {"kind": "vllm", "share_gpu": True}, "algorithm": {"max_staleness": 1}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +68,33 @@ def test_a_folder_that_is_yet_to_be_made_may_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadConfig, match="set output to a folder"):
         check_writable(tmp_path / "file", key="output")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["engine=vllm", "engine.args.dtype=half"], "engine.args.dtype can't be set: set model.dtype"),
+        (["engine=vllm", "lora.r=1024"], "lora.r is 1024; vLLM serves adapters of a rank of at most 512"),
+        (["engine=vllm", "engine.merge=true"], "engine.merge is true, and this vLLM runs on a CPU"),
+        (["engine=vllm", "rollout.temperature=2.5"], "the temperature is 2.5; vLLM samples at 0"),
+        (
+            ["engine.kind=openai", "engine.url=ftp://h", "engine.adapter_dir=/tmp"],
+            "the server's url is 'ftp://h'",
+        ),
+        (
+            ["engine.kind=openai", "engine.url=http://h", "engine.adapter_dir=/tmp"]
+            + ["engine.api_key_env=AGENTRL_NO_SUCH_KEY"],
+            "the environment variable AGENTRL_NO_SUCH_KEY",
+        ),
+    ],
+)
+def test_what_an_engine_would_refuse_is_refused_before_anything_is_done(
+    changes: list[str], message: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    values = {
+        "environment": {"id": "calculator"},
+        "model": {"path": str(tiny_checkpoint)},
+        "output": str(tmp_path),
+    }
+    with pytest.raises(BadConfig, match=re.escape(message)):
+        check_run(load_config(values, changes))

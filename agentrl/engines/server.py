@@ -94,7 +94,7 @@ class Server:
     def __init__(self, settings: ServerSettings, *, jitter: random.Random) -> None:
         """``jitter`` spreads the retries. Raises BadConfig where the API key is missing."""
         self._settings, self._jitter = settings, jitter
-        self._key = _read_key(settings.api_key_env)
+        self._key = read_key(settings.api_key_env)
         most = settings.max_connections + _SPARE_CONNECTIONS
         self._client = httpx.AsyncClient(
             base_url=settings.url,
@@ -221,8 +221,8 @@ class Server:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _read_key(name: str | None) -> str:
-    """The API key in the environment variable ``name``; "" for None."""
+def read_key(name: str | None) -> str:
+    """The API key in the environment variable ``name``; "" for None. Raises BadConfig."""
     if name is None:
         return ""
     key = os.environ.get(name, "").strip()

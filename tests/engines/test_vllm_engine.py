@@ -386,6 +386,19 @@ def test_the_environment_is_as_before_and_what_the_user_set_stays(
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [("", "1,3"), ("4,5,6,GPU-8f6a", "5,GPU-8f6a")])
+def test_its_processes_see_the_gpus_that_it_is_given(
+    ours: str, theirs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    with environment(tmp_path, gpus=(1, 3)):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == theirs
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ours
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(BadConfig, match=r"engine.gpus is \[1, 3\], .* count from 0 to 1"):
+        environment(tmp_path, gpus=(1, 3)).__enter__()
+
+
 @pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux' pidfd_open")
 def test_workers_end_with_the_process_that_started_vllm_and_its_folder_is_removed(tmp_path: Path) -> None:
     home = tmp_path / "home"
