@@ -104,8 +104,8 @@ class Checkpoints:
         return None
 
     def read(self, path: Path) -> Saved:
-        """A whole checkpoint."""
-        optimizer = torch.load(path / "optimizer.pt", weights_only=True)
+        """A whole checkpoint, in this process's memory whatever device wrote it."""
+        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
         return Saved(path, _read_state(path), read_adapter(path), optimizer)
 
     def forget_after(self, step: int) -> None:

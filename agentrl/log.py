@@ -53,6 +53,7 @@ __all__ = [
     "Row",
     "RunFolder",
     "RunLog",
+    "forget_evaluations",
     "read_object",
     "read_rows",
     "transcript",
@@ -226,7 +227,10 @@ class RunLog:
         self._rows = None
 
     def step(self, step: int, metrics: Mapping[str, float], *, phase: Phase = "train") -> None:
-        """Write the row of one step and hand it to the trackers. Steps rise within a phase."""
+        """Write the row of one step and hand it to the trackers, where training follows on the warm start.
+
+        Steps rise within a phase.
+        """
         if self._rows is None:
             raise RuntimeError("the log is not open: use it in a with block")
         if step <= self._last.get(phase, -1):
@@ -236,8 +240,10 @@ class RunLog:
         row: Row = {"phase": phase, "step": step, **{key: _finite(value) for key, value in values.items()}}
         with writing(self.folder.metrics):
             _write_all(self._rows, (json.dumps(row) + "\n").encode())
+        # One axis for all: some trackers take no step below the last one.
+        before = 0 if phase == "warm_start" else self._last.get("warm_start", 0)
         for tracker in self._trackers:
-            tracker.log(values, step=step)
+            tracker.log(values, step=before + step)
 
     def has(self, step: int, *, phase: Phase) -> bool:
         """Whether the row of ``step`` was written before; a resumed run asks, since a kill may have come
@@ -250,9 +256,9 @@ class RunLog:
         if chosen:
             lines = (json.dumps(transcript(trajectory), ensure_ascii=False) for trajectory in chosen)
             path = self.folder.transcripts(step)
-            with writing(path):
-                # A lone surrogate, which a policy's program or a tool may have said, becomes "?".
-                path.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+            text = "".join(f"{line}\n" for line in lines)
+            # A lone surrogate, which a policy's program or a tool may have said, becomes "?".
+            write_text(path, text.encode(errors="replace").decode())
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Write summary.json, whole or not at all."""
@@ -289,6 +295,13 @@ def truncate_after(folder: RunFolder, step: int) -> None:
         if int(path.stem.removeprefix("step_")) > step:
             path.unlink()
     folder.summary.unlink(missing_ok=True)
+
+
+def forget_evaluations(folder: RunFolder) -> None:
+    """Forget what was measured on held-out tasks, which was with other settings."""
+    kept = [row for row in read_rows(folder) if row["phase"] != "evaluation"]
+    write_text(folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    folder.before.unlink(missing_ok=True)
 
 
 def transcript(trajectory: Trajectory) -> dict[str, Any]:

@@ -26,6 +26,7 @@ __all__ = ["in_compute_thread", "in_thread", "run_sync", "threads_in_flight"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_END_S = 10.0  # for work that was interrupted to close what it has open
 _IDLE_S = 30.0  # an unused thread ends after this; new ones cost about 0.1 ms
 
 
@@ -64,7 +65,16 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
         raise RuntimeError(
             "a tool stepped an environment on the loop that runs the tool: await its astep instead"
         )
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    begun, ended = threading.Event(), threading.Event()
+
+    async def work() -> T:
+        begun.set()
+        try:
+            return await coroutine
+        finally:
+            ended.set()
+
+    future = asyncio.run_coroutine_threadsafe(work(), loop)
     try:
         return future.result()
     except BaseException as error:
@@ -72,7 +82,9 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
             if isinstance(error, SystemExit | KeyboardInterrupt):
                 raise RuntimeError(f"{error!r} was raised beside the main thread") from error
             raise
-        future.cancel()  # Ctrl-C in this thread must also end the work in the other
+        future.cancel()  # Ctrl-C here must end the work there, too; it has things to close
+        if begun.is_set():
+            ended.wait(_END_S)
         raise
 
 

@@ -29,7 +29,7 @@ from agentrl.errors import BadConfig, BadData, UserError
 from agentrl.evaluation import Evaluation, Measurement, compare
 from agentrl.files import write_text, writing
 from agentrl.heldout import HeldOut
-from agentrl.log import Display, RunFolder, RunLog, read_object, read_rows
+from agentrl.log import Display, RunFolder, RunLog, forget_evaluations, read_object, read_rows
 from agentrl.models import default_device, load_tokenizer
 from agentrl.preflight import check_run
 from agentrl.prepare import prepare_base
@@ -110,9 +110,9 @@ class _Run:
             return read_object(
                 self._folder.summary.read_text(encoding="utf-8"), where=str(self._folder.summary)
             )
-        if any(key.startswith(_MEASURED) for key in changed):
-            self._folder.before.unlink(missing_ok=True)
         self._process = await self._restored_process(saved)
+        if any(key.startswith(_MEASURED) for key in changed):
+            forget_evaluations(self._folder)
         with (
             Display() as self._display,
             RunLog(
@@ -232,7 +232,7 @@ class _Run:
 
     async def _steps(self) -> bool:
         """Train to the end; False where a signal ended it early."""
-        config, stopped = self._config, False
+        config, stopped, saved = self._config, False, ""
         steps, most = range(self._done, config.steps), config.algorithm.max_staleness
         with self._stop.held(), self._display.bar("training", total=config.steps) as bar:
             bar.advance(self._done)
@@ -242,10 +242,11 @@ class _Run:
                     bar.advance(note=f"reward {reward:.3f}")
                     stopped = self._stop.number is not None
                     if stopped or self._is_saved_at(self._done):
-                        path = await in_compute_thread(self._save)
+                        saved = f", saved in {await in_compute_thread(self._save)}"
+            stopped = self._stop.number is not None
         if stopped:
             self._display.note(
-                f"stopped after step {self._done} of {config.steps}, saved in {path}; "
+                f"stopped after step {self._done} of {config.steps}{saved}; "
                 "go on with the same command and --resume"
             )
         return not stopped

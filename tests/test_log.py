@@ -10,10 +10,19 @@ import resource
 from pathlib import Path
 
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from rich.console import Console
 
 from agentrl.errors import BadConfig, BadData, CannotWrite, MissingExtra
-from agentrl.log import Display, RunFolder, RunLog, read_rows, transcript, truncate_after
+from agentrl.log import (
+    Display,
+    RunFolder,
+    RunLog,
+    forget_evaluations,
+    read_rows,
+    transcript,
+    truncate_after,
+)
 from agentrl.types import Completion, Group, Message, Score, Task, ToolCall, Trajectory, Turn
 
 _CONFIG = "name: mine\nlora: {r: 4, target_modules: [a, b]}\n"
@@ -239,6 +248,31 @@ def test_a_summary_replaces_the_last_one_whole(folder: RunFolder) -> None:
         log.summary({"tasks": 2, "before": {"pass@1": {"value": 0.5}}})
     assert json.loads(folder.summary.read_text()) == {"tasks": 2, "before": {"pass@1": {"value": 0.5}}}
     assert not list(folder.root.glob("*.partial"))
+
+
+def test_what_was_measured_with_other_settings_is_forgotten(folder: RunFolder) -> None:
+    with RunLog(folder, config_text=_CONFIG) as log:
+        log.step(0, {"eval/pass@1": 0.5}, phase="evaluation")
+        log.step(1, {"reward/mean": 1.0})
+    folder.before.write_text("{}")
+    forget_evaluations(folder)
+    assert [row["phase"] for row in read_rows(folder)] == ["train"]
+    assert not folder.before.exists()
+
+
+def test_trackers_see_the_warm_start_and_the_training_on_one_axis(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(TensorBoardTracker, "log", lambda self, values, step: seen.append(step))
+    with RunLog(folder, config_text=_CONFIG, trackers=["tensorboard"]) as log:
+        for step in (1, 2):
+            log.step(step, {"loss/nll": 1.0}, phase="warm_start")
+        log.step(0, {"eval/pass@1": 0.5}, phase="evaluation")
+        log.step(1, {"reward/mean": 0.5})
+    with RunLog(folder, config_text=_CONFIG, trackers=["tensorboard"], resume_after=1) as log:
+        log.step(2, {"reward/mean": 0.5})
+    assert seen == [1, 2, 2, 3, 4]
 
 
 def test_tensorboard_events_lie_in_the_run(folder: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextvars
 import subprocess
@@ -77,6 +78,22 @@ def test_run_sync_waits_for_a_coroutine_also_under_a_running_loop() -> None:
         return run_sync(inner())
 
     assert run_sync(inner()) == asyncio.run(outer()) == "agentrl-loop"
+
+
+def test_an_interrupt_comes_out_when_the_work_has_closed_what_it_had_open() -> None:
+    closed = []
+
+    async def work() -> None:
+        threading.Timer(0.2, _thread.interrupt_main).start()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.3)
+            closed.append("everything")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sync(work())
+    assert closed == ["everything"]
 
 
 def test_run_sync_on_its_own_loop_is_refused_and_does_not_hang() -> None:
