@@ -68,8 +68,8 @@ RULES: tuple[Rule, ...] = (
         limit=0.05,  # learning itself takes a policy to about a tenth: it becomes sure of what is right
         relative=True,
         steps=5,
-        hint="the policy hardly explores any more; raise algorithm.clip_high or rollout.temperature, lower "
-        "optimizer.learning_rate, or stop here if held-out pass@1 is good enough",
+        hint="the policy hardly explores any more; raise rollout.temperature or, with several minibatches, "
+        "algorithm.clip_high, lower optimizer.learning_rate, or stop here if held-out pass@1 is good enough",
     ),
     Rule(
         name="entropy is almost zero",

@@ -161,7 +161,8 @@ def _tokens(row: Mapping[str, float]) -> Table:
         if f"rollout/{name}_tokens" not in row:
             continue
         count = row[f"rollout/{name}_tokens"]
-        rate = f"{count / row[seconds]:,.0f}" if seconds and row[seconds] else ""
+        spent = row.get(seconds, 0.0)  # vLLM does not say
+        rate = f"{count / spent:,.0f}" if spent else ""
         table.add_row(name, f"{count:,.0f}", rate)
     packed = row["update/tokens"]
     table.add_row("update, packed", f"{packed:,.0f}", f"{packed / row['time/update_s']:,.0f}")

@@ -121,6 +121,8 @@ def evaluate(
     if greedy and (n is not None or temperature is not None):
         raise BadConfig("-n and --temperature have no effect with --greedy, one episode a task: remove them")
     temperature = 0.0 if greedy else 1.0 if temperature is None else temperature
+    if temperature == 0 and (top_p != 1 or top_k != 0):
+        raise BadConfig("--top-p and --top-k have no effect on the likeliest token alone: remove them")
     n = n or (1 if temperature == 0 else 8)
     counts, sampling = _counts(k), _sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k)
     from agentrl.configfile import load_engine
@@ -212,11 +214,16 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
 
 @app.command("list")
 def list_names() -> None:
-    """List the environments, rewards and packaged configurations."""
+    """List the environments, rewards, sandboxes and packaged configurations."""
     from agentrl.configfile import packaged_configs
-    from agentrl.registry import list_environments, list_rewards
+    from agentrl.registry import list_environments, list_rewards, list_sandboxes
 
-    groups = {"environments": list_environments(), "rewards": list_rewards(), "configs": packaged_configs()}
+    groups = {
+        "environments": list_environments(),
+        "rewards": list_rewards(),
+        "sandboxes": list_sandboxes(),
+        "configs": packaged_configs(),
+    }
     for kind, names in groups.items():
         typer.echo(f"{kind}: {', '.join(names)}")
 

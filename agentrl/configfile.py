@@ -182,6 +182,8 @@ def _parse(text: str, *, where: str) -> Any:
         raise BadConfig(f"{where}, line {line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise BadConfig(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # what looks like a date or a number, and is none
+        raise BadConfig(f"{where}: {error}; put it in quotes where a text is meant") from None
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:

@@ -6,6 +6,7 @@ What is made stands in the run's folder, whole or not at all, and is taken from 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,6 +20,7 @@ from agentrl.config import RunConfig, TinyConfig, WarmStartConfig
 from agentrl.engine import Sampling
 from agentrl.engines.embedded import EmbeddedEngine
 from agentrl.env import Env
+from agentrl.errors import WorldError
 from agentrl.evaluation import run_evaluation
 from agentrl.files import write_folder
 from agentrl.log import Display, RunLog
@@ -77,7 +79,7 @@ async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[],
         indices = make_schedule(config, env, "tokenizer").take(0, tiny.texts)
         split = config.environment.train
         places = [place_in(env.task_list(split), index, split=split) for index in indices]
-        said = {place: await _gold_texts(env, split, place) for place in dict.fromkeys(places)}
+        said = {place: await _gold_texts(config, env, split, place) for place in dict.fromkeys(places)}
         texts = [text for place in places for text in said[place]]
     shape = TinyShape(**tiny.model_dump(exclude={"texts"}), max_position=config.rollout.max_episode_tokens)
     seed = derive(config.seed, "tiny model") % 2**32
@@ -89,11 +91,22 @@ async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[],
     write_folder(path, write)
 
 
-async def _gold_texts(env: Env, split: str, index: int) -> list[str]:
-    """Everything that is said in the gold episode of a task."""
-    env.reset(seed=0, options={"split": split, "index": index})
-    for message in env.gold(env.task):
-        await env.astep(message)
+async def _gold_texts(config: RunConfig, env: Env, split: str, index: int) -> list[str]:
+    """Everything that is said in the gold episode of a task, whose steps have deadlines and second chances as
+    those of any episode. Raises WorldError."""
+    for retries_left in reversed(range(config.rollout.retries + 1)):
+        try:
+            env.reset(seed=0, options={"split": split, "index": index})
+            for message in env.gold(env.task):
+                async with asyncio.timeout(config.rollout.deadline_s):
+                    await env.astep(message)
+            break
+        except (WorldError, TimeoutError) as error:
+            if not retries_left:
+                raise WorldError(
+                    f"the gold episode of task {env.task.id!r}: {str(error) or 'a step was late'}; see "
+                    "rollout.deadline_s and rollout.retries"
+                ) from error
     calls = (call for message in env.messages for call in message.tool_calls)
     spoken = (json.dumps({"name": call.name, "arguments": call.arguments}) for call in calls)
     return [*(message.content for message in env.messages), *spoken]

@@ -67,6 +67,18 @@ def test_a_server_that_does_not_say_what_it_costs_has_no_parts(measured: tuple[B
     assert all(name in said.get() for name in ("rollout", "the rest", "rollout, sampled"))
 
 
+def test_an_engine_that_counts_tokens_and_no_seconds_has_no_rates(
+    measured: tuple[BenchReport, Path],
+) -> None:
+    report = measured[0]
+    row = {key: value for key, value in report.row.items() if key not in ("time/prefill_s", "time/decode_s")}
+    console = Console(width=100)
+    with console.capture() as said:
+        for table in bench_table(replace(report, row=row)):
+            console.print(table)
+    assert f"{row['rollout/prefill_tokens']:,.0f}" in said.get()
+
+
 def test_the_trace_shows_the_kernels_and_no_run_is_left_behind(measured: tuple[BenchReport, Path]) -> None:
     _, folder = measured
     events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]

@@ -189,6 +189,8 @@ def test_greedy_is_one_episode_at_temperature_zero(
     ("options", "message"),
     [
         (("--greedy", "-n", "4"), "BadConfig: -n and --temperature have no effect with --greedy"),
+        (("--greedy", "--top-p", "0.9"), "BadConfig: --top-p and --top-k have no effect"),
+        (("--temperature", "0", "--top-k", "5"), "BadConfig: --top-p and --top-k have no effect"),
         (("-k", "1,x"), "BadConfig: -k is '1,x'; it must be counts like 1,8"),
         (("--top-p", "0"), "BadConfig: top_p is 0.0; it must be above 0"),
         (("levels",), "BadConfig: 'levels' is no setting"),
@@ -273,10 +275,14 @@ def test_check_names_what_fell_and_ends_with_1(tmp_path: Path, monkeypatch: pyte
 
 def test_list_names_everything_that_can_be_named() -> None:
     lines = _agentrl("list").output.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["environments", "rewards", "configs"]
-    assert "calculator" in lines[0]
-    assert "numeric" in lines[1]
-    assert "quickstart" in lines[2]
+    assert [line.partition(":")[0] for line in lines] == [
+        "environments",
+        "rewards",
+        "sandboxes",
+        "configs",
+    ]
+    for line, name in zip(lines, ("calculator", "numeric", "zygote", "quickstart"), strict=True):
+        assert name in line
 
 
 def test_show_and_export_ask_for_a_run_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,6 +178,7 @@ def test_a_fault_of_an_engine_alone_names_its_key(assignments: list[str], messag
         ("just words\n", "holds str; it must be a mapping"),
         ("", "holds NoneType; it must be a mapping"),
         ("a: !!python/object:os.system 1\n", "could not determine a constructor"),
+        ("a: 2023-02-29\n", "day is out of range for month; put it in quotes where a text is meant"),
         ("a: \x00", "not YAML: unacceptable character #x0000: special .* allowed in .* position 3$"),
     ],
 )
