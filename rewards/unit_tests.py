@@ -63,6 +63,7 @@ class UnitTests:
             "compiled": float(judgement.compiled),
             "passed": passed,
             "hack_flags": float(len(judgement.flags)),
+            "visible_only": float(judgement.visible_only),
         }
         why = f"{judgement.verdict}: {judgement.note}" if judgement.verdict != "AC" else ""
         return Score(value, parts, why)

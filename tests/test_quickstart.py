@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import agentrl
+from agentrl.configfile import load_config
 from agentrl.registry import make
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,8 @@ def test_rewards_make_a_good_agent_of_a_weak_one(tmp_path: Path) -> None:
 
 
 def test_no_held_out_problem_is_among_those_that_the_quickstart_trains_on() -> None:
-    env = make("calculator", levels=[1])
+    config = load_config("quickstart")
+    env = make(config.environment.id, **config.environment.args)
     # Whatever its wording, a problem is its start and its steps.
     problems = {
         split: {

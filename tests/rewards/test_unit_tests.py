@@ -67,7 +67,10 @@ def _score(answer: str, **settings: Any) -> Score:
 
 def test_all_tests_or_nothing() -> None:
     right = _score("```python\ndef f(x):\n    return x * x\n```")
-    assert (right.value, dict(right.parts)) == (1.0, {"compiled": 1.0, "passed": 1.0, "hack_flags": 0.0})
+    assert (right.value, dict(right.parts)) == (
+        1.0,
+        {"compiled": 1.0, "passed": 1.0, "hack_flags": 0.0, "visible_only": 0.0},
+    )
     assert _score("```python\ndef f(x):\n    return x + x\n```").value == 0.0
 
 
