@@ -121,8 +121,6 @@ def evaluate(
     if greedy and (n is not None or temperature is not None):
         raise BadConfig("-n and --temperature have no effect with --greedy, one episode a task: remove them")
     temperature = 0.0 if greedy else 1.0 if temperature is None else temperature
-    if temperature == 0 and (top_p != 1 or top_k != 0):
-        raise BadConfig("--top-p and --top-k have no effect on the likeliest token alone: remove them")
     n = n or (1 if temperature == 0 else 8)
     counts, sampling = _counts(k), _sampling(max_turn_tokens, temperature, top_p=top_p, top_k=top_k)
     from agentrl.configfile import load_engine
@@ -303,6 +301,8 @@ def _say_what_failed(result: Mapping[str, Any], display: Display) -> None:
 def _sampling(max_tokens: int, temperature: float, *, top_p: float, top_k: int) -> Sampling:
     from agentrl.engine import Sampling
 
+    if temperature == 0 and (top_p != 1 or top_k != 0):
+        raise BadConfig("--top-p and --top-k have no effect on the likeliest token alone: remove them")
     try:
         return Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=0)
     except ValueError as error:

@@ -96,13 +96,13 @@ def test_notes_tell_of_visible_tests_only(judge: Judge) -> None:
 def test_no_hidden_input_gets_into_the_note_of_a_visible_test(judge: Judge) -> None:
     tests = tuple(
         CallTest(id=name, args=(value,), expected=0, visible=name == "seen")
-        for name, value in (("first", 314159), ("seen", 1), ("last", 271828))
+        for name, value in (("first", 10**9 + 7), ("seen", 1), ("last", 10**9 + 9))
     )
     looks = """
 import sys
 def f(x):
     waiting = [str(frame.f_locals) for frame in _frames()]
-    raise ValueError([number for number in ("314159", "271828") if any(number in text for text in waiting)])
+    raise ValueError([last for last in (7, 9) if any(str(10**9 + last) in text for text in waiting)])
 def _frames():
     frame = sys._getframe()
     while frame := frame.f_back:
