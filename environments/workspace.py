@@ -47,11 +47,7 @@ class Workspace(SessionEnv):
         "not there are not judged. When it is done, say so in a message without a tool call."
     )
     declared: ClassVar[Mapping[str, str]] = {
-        "a copied tool result": "the files that were left are judged, whatever is said last",
-        **dict.fromkeys(
-            ("pytest-reads-the-tests", "pytest-returns-equal", "spy-on-frames"),
-            "hidden tests import the repaired files, so that both share a process",
-        ),
+        "a copied tool result": "the files that were left are judged, whatever is said last"
     }
     max_turns = 16
     session_limits: ClassVar[Limits] = Limits(cpu_s=10.0, wall_s=40.0, disk_mib=32)

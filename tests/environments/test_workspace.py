@@ -170,23 +170,53 @@ def test_it_passes_the_shared_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.bwrap
 @pytest.mark.slow
-def test_no_attack_of_the_catalogue_is_paid_but_those_that_are_declared(hardened: str) -> None:
+def test_no_attack_of_the_catalogue_is_paid(hardened: str) -> None:
     env = agentrl.make("workspace", sandbox=hardened)
     check = cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers
-    count, *declared = check(Subject(env, episodes=12, endurance=10)).split("; declared: ")
-    assert int(count.split()[0]) > 100
-    assert declared == ["spy-on-frames", "pytest-returns-equal", "pytest-reads-the-tests"]
+    assert int(check(Subject(env, episodes=2, endurance=10)).split()[0]) > 150
 
 
-@pytest.mark.bwrap
-@pytest.mark.slow
-def test_an_attack_that_is_declared_would_be_paid(hardened: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentrl.environments.workspace.Workspace.declared", {})
-    env = agentrl.make("workspace", sandbox=hardened)
-    with pytest.raises(Unsound, match="the attack 'spy-on-frames'|the attack 'pytest-returns-equal'"):
-        cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers(
-            Subject(env, episodes=12, endurance=10)
-        )
+_COMPARES_ALONE = """##### double train
+=== about
+`double` doubles.
+=== file arithmetics.py
+def double(n):
+    return n
+=== gold arithmetics.py
+def double(n):
+    return 2 * n
+=== hidden test_double.py
+from arithmetics import double
+def test_double():
+    assert double(4) == 8
+##### triple test
+=== about
+`triple` triples.
+=== file arithmetics.py
+def triple(n):
+    return n
+=== gold arithmetics.py
+def triple(n):
+    return 3 * n
+=== hidden test_triple.py
+from arithmetics import triple
+def test_triple():
+    assert triple(4) == 12
+"""
+
+
+def test_hidden_tests_that_only_compare_are_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.txt").write_text(_COMPARES_ALONE)
+    env = agentrl.make("workspace", path=str(tmp_path / "tasks.txt"), **FAKE)
+    equal = [attack for attack in cheating.VERDICTS if attack.name == "pytest-returns-equal"]
+    monkeypatch.setattr(cheating, "VERDICTS", equal)
+    check = cheating.attacks_on_its_verdict_score_no_more_than_wrong_answers
+    with pytest.raises(Unsound, match="'pytest-returns-equal' .* scores 1, a wrong answer 0: .* declared"):
+        check(Subject(env, episodes=2, endurance=10))
+    monkeypatch.setattr(type(env), "declared", {"pytest-returns-equal": "these tests are all there are"})
+    assert check(Subject(env, episodes=2, endurance=10)) == "0 attacks; declared: pytest-returns-equal"
 
 
 def test_gymnasium_makes_it() -> None:
