@@ -2,7 +2,8 @@ r"""A mathematical answer against the truth, by math-verify in killable worker p
 
 1.0 where what stands in ``\boxed{...}`` equals the truth as mathematics (fractions, roots, sets, intervals,
 matrices, equations, units), else 0.0. Where the truth is a number, an answer is one, not an expression for
-it: ``agentrl.rewards.verification`` says what that means. Only the last assistant message counts, outside its
+it: ``agentrl.rewards.verification`` says what that means. Two integers in plain digits are compared here,
+which no answer can make long. Only the last assistant message counts, outside its
 thinking, and of several boxes there the worst: a list of guesses is not an answer.
 
 An answer may be built to stall: ``10^{10^{10}}`` never ends and ``((9!)!)!`` eats all memory. Going over the
@@ -14,6 +15,7 @@ configuration in a process share the same workers.
 from __future__ import annotations
 
 import math
+import re
 from decimal import Decimal
 
 from agentrl.answers import boxed_answers, truth_of
@@ -24,6 +26,7 @@ from agentrl.workers import Limit, Probe, shared_pool
 
 __all__ = ["Boxed"]
 
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,11})(?:\.0{1,6})?")
 _PROBE = Probe({"truth": "\\frac{1}{2}", "answers": ["0.5"]}, "correct")
 
 
@@ -51,6 +54,11 @@ class Boxed:
         answers = list(dict.fromkeys(boxed_answers(evidence.answer)))
         if not answers:
             return _score(note="no boxed answer")
+        is_float = isinstance(truth, float) and math.isfinite(truth)
+        text = f"{Decimal(str(truth)):f}" if is_float else str(truth)  # in digits: str(1e22) is 1e+22
+        given = [_plain(word) for word in (text, *answers)]
+        if all(map(_INTEGER.fullmatch, given)):
+            return _told(len({Decimal(word) for word in given}) == 1, len(answers))
         # Looked up at every call: this object can be pickled, and a forked child gets a pool of its own.
         pool = shared_pool(
             "agentrl.rewards.verification:verdict",
@@ -59,17 +67,24 @@ class Boxed:
             memory_mib=self.memory_mib,
             probe=_PROBE,
         )
-        is_float = isinstance(truth, float) and math.isfinite(truth)
-        text = f"{Decimal(str(truth)):f}" if is_float else str(truth)  # in digits: str(1e22) is 1e+22
         outcome = pool.call({"truth": text, "answers": answers})
         if isinstance(outcome, Limit):
             return _score(limit=1.0, note=f"checking the answer hit a limit: {outcome.kind}")
         if outcome.value == "no truth":
             raise _bad_truth(evidence, truth)
-        if outcome.value == "correct":
-            return _score(correct=1.0)
-        several = f"{len(answers)} different boxed answers, not all right"
-        return _score(note=several if len(answers) > 1 else "not equal to the truth")
+        return _told(outcome.value == "correct", len(answers))
+
+
+def _plain(text: str) -> str:
+    """As the workers read it, a sentence's end is no part of an answer."""
+    return text.strip().removesuffix(".")
+
+
+def _told(is_right: bool, answers: int) -> Score:
+    if is_right:
+        return _score(correct=1.0)
+    several = f"{answers} different boxed answers, not all right"
+    return _score(note=several if answers > 1 else "not equal to the truth")
 
 
 def _score(*, correct: float = 0.0, limit: float = 0.0, note: str = "") -> Score:

@@ -153,7 +153,7 @@ def test_verify_writes_its_rows_and_a_hostile_answer_changes_no_verdict(
     columns = {"name", "per_second", "of_peer", "seconds", "added_mib", "differing"}
     assert all(set(row) == columns for row in rows)
     throughput = [row for row in rows if row["per_second"] is not None]
-    assert [row["name"].split(",")[0] for row in throughput] == ["agentrl boxed", "math-verify alone"] * 2
+    assert [row["name"].split(",")[0] for row in throughput] == ["agentrl boxed", "math-verify alone"] * 3
     assert all(row["differing"] == 0 for row in throughput)
     hostile = rows[len(throughput)]
     assert hostile["seconds"] >= 2

@@ -7,6 +7,7 @@ import pytest
 import agentrl
 from agentrl.errors import BadConfig, BadData
 from agentrl.reward import Evidence
+from agentrl.rewards.verification import verdict
 from agentrl.types import Message, Score, Task
 
 
@@ -93,25 +94,41 @@ def test_anything_else_scores_zero_and_says_why(answer: str, truth: str) -> None
     assert wrong.note
 
 
+_INTEGERS = ("18", "18.0", "18.", "-18", "0", "-0", "718", "1", "10", "999999999999", "999999999998")
+
+
+@pytest.mark.parametrize("truth", _INTEGERS)
+def test_integers_are_compared_without_a_worker_as_a_worker_would(
+    truth: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = [verdict({"truth": truth, "answers": [answer]}) for answer in _INTEGERS]
+    monkeypatch.setattr("agentrl.rewards.boxed.shared_pool", None)
+    scores = [score(answer, truth).value for answer in _INTEGERS]
+    assert scores == [float(verdict == "correct") for verdict in verdicts]
+    assert 1.0 in scores
+    several = score(rf"\boxed{{{truth}}} \boxed{{55}}", truth)
+    assert (several.value, several.note) == (0.0, "2 different boxed answers, not all right")
+
+
 @pytest.mark.parametrize("hostile", ["10^{10^{10}}", "((9!)!)!"])
 def test_an_answer_built_to_stall_costs_its_budget_and_scores_the_minimum(hostile: str) -> None:
     stalled = score(hostile, "2^{40}")
     assert (stalled.value, stalled.parts) == (0.0, {"correct": 0.0, "limit": 1.0})
     assert "limit" in stalled.note
-    assert score("18").value == 1.0
+    assert score(r"\frac{36}{2}").value == 1.0
 
 
 def test_an_answer_that_needs_more_memory_than_the_cap_scores_the_minimum() -> None:
     hog = score(r"2^{2^{33}}", "2^{40}", deadline_s=5.0, memory_mib=64)  # a gigabyte, asked for at once
     assert hog.value == 0.0
-    assert score("18", deadline_s=5.0, memory_mib=64).value == 1.0
+    assert score(r"\frac{36}{2}", deadline_s=5.0, memory_mib=64).value == 1.0
 
 
 def test_hundreds_of_rewards_in_many_threads_share_two_workers_and_no_verdict_is_lost() -> None:
     def one(n: int) -> tuple[float, float]:
         if n == 7:
             return score("9^{9^{9}}", "2^{40}", deadline_s=1.5).value, 0.0
-        return score(str(n), str(n), deadline_s=1.5).value, 1.0
+        return score(rf"\frac{{{2 * n}}}{{2}}", str(n), deadline_s=1.5).value, 1.0
 
     with ThreadPoolExecutor(64) as threads:
         verdicts = list(threads.map(one, range(300)))
@@ -132,10 +149,10 @@ def test_limits_that_make_no_sense_are_refused(options: Any) -> None:
 
 def test_it_survives_pickling() -> None:
     reward = pickle.loads(pickle.dumps(agentrl.make_reward("boxed")))
-    task = Task(id="t", prompt=(), truth={"value": "2"})
+    task = Task(id="t", prompt=(), truth={"value": "2.5"})
     assert (
         pickle.loads(pickle.dumps(agentrl.make_reward("boxed", key="value")))(
-            Evidence(task, (Message("assistant", r"\boxed{2}"),))
+            Evidence(task, (Message("assistant", r"\boxed{\frac{5}{2}}"),))
         ).value
         == 1.0
     )
