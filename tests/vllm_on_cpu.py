@@ -39,6 +39,7 @@ def allow_merging(monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
 
     monkeypatch.setenv(_TARGET, str(folder))
     monkeypatch.setattr(vllm_core, "engine_arguments", engine_arguments)
+    monkeypatch.setattr("agentrl.serving.check_device", lambda settings, on_cpu: None)
     monkeypatch.setattr(vllm_settings, "BACKEND", _NAME)
     monkeypatch.setattr(
         vllm_settings,
