@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import agentrl
+from agentrl.checkpoint import Checkpoints
 from agentrl.engine import Adapter
 from agentrl.errors import BadConfig, CannotWrite, UserError, WorldError
 from agentrl.evaluation import Measurement, compare
@@ -668,6 +669,24 @@ def test_signals_finish_the_step_save_and_say_how_to_resume(
         assert steps(folder) == list(range(1, last + 1))
         done = last
     assert "Traceback" not in err
+
+
+def test_a_signal_while_the_last_step_is_saved_is_heard(
+    config: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpoints.save
+
+    def interrupted(self: Checkpoints, *args: Any, **settings: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # until the main thread has heard it
+        return save(self, *args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", interrupted)
+        stopped = agentrl.train(config(steps=1))
+    assert stopped == {"stopped_at": 1, "signal": signal.SIGINT}
+    assert not RunFolder(tmp_path / "run").after.exists()
+    assert agentrl.train(config(steps=1), resume=True)["steps"] == 1
 
 
 def has_gone_beyond(folder: RunFolder, done: int) -> bool:

@@ -104,12 +104,13 @@ class Group:
     def limit(self, limits: Limits, *, spare_pids: int = 0) -> bool:
         """Enforce memory and pids; ``spare_pids``: processes of the launcher's own, inside as well.
 
-        False, and nothing changed, where files in memory, say, are more than that. Raises SandboxLost.
+        False where files in memory, say, are more than that; the next call then sets all. Raises SandboxLost.
         """
         most = -1 if limits.memory_mib is None else int(limits.memory_mib * 2**20)
         pids = "max" if limits.pids is None else str(int(limits.pids) + spare_pids)
         if (most, pids) == self._limits:
             return True
+        self._limits = None  # what stands half set is set again by the next
         try:
             self._limit(most, pids)
         except OSError as error:

@@ -176,39 +176,28 @@ def test_no_attack_of_the_catalogue_is_paid(hardened: str) -> None:
     assert int(check(Subject(env, episodes=2, endurance=10)).split()[0]) > 150
 
 
-_COMPARES_ALONE = """##### double train
+_COMPARES_ALONE = """##### {name} {split}
 === about
-`double` doubles.
+`{name}` multiplies.
 === file arithmetics.py
-def double(n):
+def {name}(n):
     return n
 === gold arithmetics.py
-def double(n):
-    return 2 * n
-=== hidden test_double.py
-from arithmetics import double
-def test_double():
-    assert double(4) == 8
-##### triple test
-=== about
-`triple` triples.
-=== file arithmetics.py
-def triple(n):
-    return n
-=== gold arithmetics.py
-def triple(n):
-    return 3 * n
-=== hidden test_triple.py
-from arithmetics import triple
-def test_triple():
-    assert triple(4) == 12
+def {name}(n):
+    return {factor} * n
+=== hidden test_{name}.py
+from arithmetics import {name}
+def test_{name}():
+    assert {name}(4) == {factor} * 4
 """
 
 
 def test_hidden_tests_that_only_compare_are_found_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tasks.txt").write_text(_COMPARES_ALONE)
+    tasks = (("double", "train", 2), ("triple", "test", 3))
+    texts = (_COMPARES_ALONE.format(name=name, split=split, factor=factor) for name, split, factor in tasks)
+    (tmp_path / "tasks.txt").write_text("".join(texts))
     env = agentrl.make("workspace", path=str(tmp_path / "tasks.txt"), **FAKE)
     equal = [attack for attack in cheating.VERDICTS if attack.name == "pytest-returns-equal"]
     monkeypatch.setattr(cheating, "VERDICTS", equal)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from agentrl.sandbox import Limits
 from agentrl.sandboxes.docker import _Session
+from agentrl.sandboxing.container_link import Link, LinkLost
 
 _LOCKED = """
 import os, sys
@@ -55,3 +60,9 @@ def test_a_file_that_can_t_be_written_is_the_policy_s_error() -> None:
     assert (result.status, result.fault, result.exit_code) == ("error", "policy", 126)
     assert b"Is a directory" in result.stderr
     session.close()
+
+
+def test_a_container_that_takes_no_file_is_given_up_at_the_deadline() -> None:
+    ours, frozen = socket.socketpair()
+    with frozen, closing(Link(ours)) as link, pytest.raises(LinkLost, match="took no file in 0.2 s"):
+        link.write("large", bytes(8 << 20), within_s=0.2)
