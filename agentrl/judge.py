@@ -45,6 +45,7 @@ from agentrl.judging.verdicts import (
 from agentrl.judging.workspace import judge_workspace_once
 from agentrl.sandbox import Backend, Limits, Sandbox, SandboxLost
 from agentrl.sandboxing.backends import new_backend, shared_backend
+from agentrl.threads import usable_cores
 
 __all__ = [
     "AssertTest",
@@ -81,7 +82,7 @@ class Judge:
         self._owns = isinstance(sandbox, str)
         self._backend = new_backend(sandbox, self.limits) if isinstance(sandbox, str) else sandbox
         self._places = _cores if at_once is None else threading.Semaphore(at_once)
-        self._at_once = at_once or _core_count()
+        self._at_once = at_once or usable_cores()
         self._is_proved, self._proving = False, threading.Lock()
         self._backend.sweep()
 
@@ -206,10 +207,6 @@ def _place(places: threading.Semaphore, *, until: float | None) -> Iterator[floa
         places.release()
 
 
-def _core_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def shared_judge(sandbox: str = "auto", *, limits: Limits | None = None) -> Judge:
     """This process's one judge of that configuration, over its one backend; a forked child has its own."""
     limits = limits or Limits()
@@ -222,10 +219,10 @@ def shared_judge(sandbox: str = "auto", *, limits: Limits | None = None) -> Judg
 def _start_anew() -> None:
     """In a forked child: sandboxes are the parent's, and its threads' places are taken for ever."""
     global _shared, _shared_lock, _cores
-    _shared, _shared_lock, _cores = {}, threading.Lock(), threading.Semaphore(_core_count())
+    _shared, _shared_lock, _cores = {}, threading.Lock(), threading.Semaphore(usable_cores())
 
 
-_cores = threading.Semaphore(_core_count())
+_cores = threading.Semaphore(usable_cores())
 _shared: dict[tuple[str, Limits], Judge] = {}
 _shared_lock = threading.Lock()
 os.register_at_fork(after_in_child=_start_anew)

@@ -21,13 +21,18 @@ from typing import Any, ParamSpec, TypeVar
 
 from agentrl.allocator import keep_freed_memory
 
-__all__ = ["in_compute_thread", "in_thread", "run_sync", "threads_in_flight"]
+__all__ = ["in_compute_thread", "in_thread", "run_sync", "threads_in_flight", "usable_cores"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _END_S = 10.0  # for work that was interrupted to close what it has open
 _IDLE_S = 30.0  # an unused thread ends after this; new ones cost about 0.1 ms
+
+
+def usable_cores() -> int:
+    """How many logical cores the system schedules this process on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

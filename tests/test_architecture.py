@@ -42,6 +42,7 @@ _ONLY_IN = {
     "accelerate": {"agentrl/learner.py", "agentrl/log.py"},
     "vllm": {
         "agentrl/engines/vllm_core.py",
+        "agentrl/engines/vllm_lora.py",
         "agentrl/engines/vllm_transfer.py",
         "agentrl/engines/vllm_worker.py",
         "agentrl/parsers/vllm.py",

@@ -35,7 +35,10 @@ def allow_merging(monkeypatch: pytest.MonkeyPatch, folder: Any) -> None:
     arguments = vllm_settings.engine_arguments
 
     def engine_arguments(settings: Any, *, known: Any, on_cpu: bool) -> dict[str, Any]:
-        return {**vllm_settings._cpu_defaults(), **arguments(settings, known=known, on_cpu=False)}
+        return {
+            **vllm_settings._cpu_defaults(settings.args),
+            **arguments(settings, known=known, on_cpu=False),
+        }
 
     monkeypatch.setenv(_TARGET, str(folder))
     monkeypatch.setattr(vllm_core, "engine_arguments", engine_arguments)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from agentrl.engines.vllm_transfer import BACKEND
 from agentrl.engines.vllm_worker import HOME_VARIABLE, OWNER_VARIABLE
 from agentrl.errors import BadConfig, MissingExtra, did_you_mean
+from agentrl.threads import usable_cores
 
 __all__ = [
     "LORA_SLOTS",
@@ -31,6 +32,11 @@ LORA_SLOTS = 2  # adapters at once: the one that is served, and the one before i
 _CPU_BLOCK = 32  # tokens; vLLM's 128 on a CPU reuses nothing of a shorter past, and it wants multiples of 32
 _CPU_CACHE_BYTES = 4 << 30  # of keys and values, where nobody says how many; vLLM would take most of memory
 _COOLEST, _HOTTEST = 0.01, 2.0  # temperatures above 0 that vLLM 0.32 samples at; it would change others
+# A machine's cores up to which vLLM's scheduler, which spins on one of them while its worker computes on the
+# rest, is too much of it: there both are one process, and no thread is bound to a core.
+_FEW_CORES = 8
+_ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"  # vLLM takes "uni" for "mp" on a CPU
+_BINDING = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")  # that its worker alone obeys
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 has buffers for
 
 _QUIET: Mapping[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
@@ -176,7 +182,7 @@ def engine_arguments(settings: VLLMSettings, *, known: Iterable[str], on_cpu: bo
             raise BadConfig(
                 f"engine.args.{name} is no argument of this vLLM's engine{hint}; see vLLM's AsyncEngineArgs"
             )
-    given = {**(_cpu_defaults() if on_cpu else {}), **_QUIET, **settings.args}
+    given = {**(_cpu_defaults(settings.args) if on_cpu else {}), **_QUIET, **settings.args}
     return {**given, **_adapter_arguments(settings), **_contract(settings)}
 
 
@@ -212,9 +218,14 @@ def _adapter_arguments(settings: VLLMSettings) -> dict[str, Any]:
     }
 
 
-def _cpu_defaults() -> dict[str, Any]:
-    explicit = "VLLM_CPU_KVCACHE_SPACE" in os.environ  # which vLLM puts above the argument
-    return {"block_size": _CPU_BLOCK} | ({} if explicit else {"kv_cache_memory_bytes": _CPU_CACHE_BYTES})
+def _cpu_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
+    defaults: dict[str, Any] = {"block_size": _CPU_BLOCK}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # which vLLM puts above the argument
+        defaults["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
+    alone = all(value == 1 for name, value in args.items() if name.endswith("parallel_size"))
+    if alone and usable_cores() <= _FEW_CORES and not any(name in os.environ for name in _BINDING):
+        defaults["distributed_executor_backend"] = _ONE_PROCESS
+    return defaults
 
 
 # For vLLM's processes, where the user has not set them.

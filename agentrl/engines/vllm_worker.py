@@ -1,9 +1,10 @@
 """What runs inside vLLM's worker processes: weights are read back, and no worker outlives its owner.
 
 vLLM loads this module by name in every worker (``worker_extension_cls``) and mixes :class:`WeightsReader`
-into the worker's class. Loading it starts a thread that waits for the end of the process that started vLLM:
-vLLM's core does not notice when that one is killed, and would keep its memory for ever. Which process that
-is, and which folder to remove then, says the environment; without it nothing is watched.
+into the worker's class. Loading it installs ``agentrl.engines.vllm_lora``, and starts a thread that waits for
+the end of the process that started vLLM: vLLM's core does not notice when that one is killed, and would keep
+its memory for ever. Which process that is, and which folder to remove then, says the environment; without it
+neither happens.
 
 Not covered: layers whose adapter is not a pair of stacked matrices (mixtures of experts), and tensor
 parallelism, where a worker holds a part of each matrix.
@@ -18,6 +19,7 @@ import pickle
 import select
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -177,11 +179,18 @@ def _ancestors_below(owner: int) -> list[int]:
     return chain if process == owner else []
 
 
-def _watch() -> None:
-    """Start the thread, in a worker that was told its owner; the first fields after a command's name in
-    Linux' /proc/PID/stat are its state and its parent (proc_pid_stat(5))."""
+def _prepare() -> None:
+    """In a worker that was told its owner, which other processes that load this module are not: products of
+    adapters as we compute them on a CPU, and the thread. The first fields after a command's name in Linux'
+    /proc/PID/stat are its state and its parent (proc_pid_stat(5))."""
     owner = int(os.environ.get(OWNER_VARIABLE, "0"))
-    if owner and owner != os.getpid() and hasattr(os, "pidfd_open"):
+    if owner in (0, os.getpid()):
+        return
+    if "vllm" in sys.modules:  # as in every process that vLLM loads this in
+        from agentrl.engines.vllm_lora import install
+
+        install()
+    if hasattr(os, "pidfd_open"):
         home = os.environ[HOME_VARIABLE]
         threading.Thread(target=_end_with, args=(owner, home), name="agentrl-owner", daemon=True).start()
 
@@ -190,4 +199,4 @@ def _watch() -> None:
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
     lambda record: "Failed to load weights" not in record.getMessage()
 )
-_watch()
+_prepare()

@@ -16,6 +16,7 @@ import torch
 from fake_vllm import PROMPT, Vllm, make_settings, sampling, serve, until
 
 from agentrl.engine import Adapter
+from agentrl.engines import vllm_settings
 from agentrl.engines.vllm import VLLMEngine
 from agentrl.engines.vllm_adapters import AdapterShelf
 from agentrl.engines.vllm_core import PublishedAdapter
@@ -349,6 +350,38 @@ def test_ranks_are_rounded_up_to_what_vllm_has_and_the_users_arguments_pass_thro
     )
     assert (arguments["max_lora_rank"], arguments["block_size"]) == (16, 64)
     assert arguments["logprobs_mode"] == "processed_logprobs"
+
+
+@pytest.mark.parametrize(
+    ("cores", "args", "variable", "one"),
+    [
+        (2, {}, None, True),
+        (8, {"tensor_parallel_size": 1}, None, True),
+        (9, {}, None, False),
+        (2, {"tensor_parallel_size": 2}, None, False),
+        (2, {}, "VLLM_CPU_OMP_THREADS_BIND", False),
+        (2, {}, "VLLM_CPU_NUM_OF_RESERVED_CPU", False),
+    ],
+)
+def test_on_few_cores_of_a_cpu_vllms_core_and_its_worker_are_one_process(
+    monkeypatch: pytest.MonkeyPatch, cores: int, args: dict[str, Any], variable: str | None, one: bool
+) -> None:
+    monkeypatch.setattr(vllm_settings, "usable_cores", lambda: cores)
+    for name in vllm_settings._BINDING:
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "0")
+    settings = make_settings(max_lora_rank=None, args=args)
+    arguments = engine_arguments(settings, known=args, on_cpu=True)
+    assert ("distributed_executor_backend" in arguments) is one
+    assert "distributed_executor_backend" not in engine_arguments(settings, known=args, on_cpu=False)
+
+
+def test_the_users_executor_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_settings, "usable_cores", lambda: 2)
+    args = {"distributed_executor_backend": "mp"}
+    arguments = engine_arguments(make_settings(args=args), known=args, on_cpu=True)
+    assert arguments["distributed_executor_backend"] == "mp"
 
 
 def test_vllm_may_sleep_where_it_shares_a_gpu_and_nowhere_else() -> None:
