@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -128,11 +129,13 @@ def evaluation_plans(*, split: str, tasks: int, samples: int, seed: int) -> list
     ]
 
 
-def tasks_available(env: Env, split: str, *, wanted: int) -> int:
+def tasks_available(make_env: Callable[[], Env], split: str, *, wanted: int) -> int:
     """``wanted``, or fewer where ``split`` has fewer tasks. Raises BadData for an empty split."""
+    env = make_env()
     check_bare(env)
-    tasks = env.task_list(split)
-    available = len(tasks) if isinstance(tasks, Sequence) else len(tasks.first(wanted))
+    with closing(env):
+        tasks = env.task_list(split)
+        available = len(tasks) if isinstance(tasks, Sequence) else len(tasks.first(wanted))
     if not available:
         raise BadData(
             f"the split {split!r} of {type(env).__name__} has no tasks: nothing can be measured on it"
@@ -225,7 +228,7 @@ def evaluate(
     if sampling.temperature == 0 and n > 1:
         raise BadConfig(f"n is {n}, all the same with a temperature of 0: take 1 (-n 1, or --greedy)")
     make_env = _factory(environment, dict(args or {}))
-    available = tasks_available(make_env(), split, wanted=tasks)
+    available = tasks_available(make_env, split, wanted=tasks)
     plans = evaluation_plans(split=split, tasks=available, samples=n, seed=seed)
     loaded, known = _load(model, engine)
     tokenizer = load_tokenizer(model)

@@ -85,7 +85,7 @@ class HeldOut:
         )
         plans = evaluation_plans(
             split=split,
-            tasks=tasks_available(self._make_env(), split, wanted=tasks),
+            tasks=tasks_available(self._make_env, split, wanted=tasks),
             samples=1 if greedy else settings.samples,
             seed=self._config.seed,
         )

@@ -154,6 +154,7 @@ def _run(call: Callable[[], T], answer: asyncio.Future[T], *, done: Callable[[],
     else:
         done()
         _hand_over(answer, answer.set_result, result)
+        del call, answer, result  # whoever keeps an exception keeps the frames above it, of which this is one
 
 
 def _hand_over(answer: asyncio.Future[Any], settle: Callable[[Any], None], outcome: Any) -> None:

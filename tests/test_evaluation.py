@@ -113,15 +113,20 @@ def test_the_same_seed_plans_the_same_episodes() -> None:
 def test_a_split_may_have_fewer_tasks_than_wanted_but_not_none(sums: type[Env]) -> None:
     class Streamed(sums):  # type: ignore[misc, valid-type]
         splits = ("test", "void")
+        closed = 0
 
         def tasks(self, split: str) -> Iterator[Task]:
             return iter([Task(id="a", prompt=())] * 5 if split == "test" else [])
 
-    assert tasks_available(sums(), "test", wanted=5) == 5
-    assert tasks_available(sums(), "test", wanted=50) == 12
-    assert tasks_available(Streamed(), "test", wanted=50) == 5
+        def close(self) -> None:
+            Streamed.closed += 1
+
+    assert tasks_available(sums, "test", wanted=5) == 5
+    assert tasks_available(sums, "test", wanted=50) == 12
+    assert tasks_available(Streamed, "test", wanted=50) == 5
     with pytest.raises(BadData, match="the split 'void' of Streamed has no tasks"):
-        tasks_available(Streamed(), "void", wanted=1)
+        tasks_available(Streamed, "void", wanted=1)
+    assert Streamed.closed == 2
 
 
 def test_a_measurement_is_read_back_as_it_was(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import _thread
 import asyncio
 import contextvars
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,27 @@ def test_a_call_that_nobody_waits_for_is_still_counted() -> None:
 def test_what_a_call_raises_reaches_the_waiter() -> None:
     with pytest.raises(ZeroDivisionError):
         asyncio.run(in_thread(lambda: 1 // 0))
+
+
+def test_an_exception_that_is_kept_keeps_no_result_of_the_call_that_caught_it() -> None:
+    kept: list[BaseException] = []
+
+    class Result:
+        pass
+
+    def call() -> Result:
+        try:
+            raise ValueError
+        except ValueError as error:
+            kept.append(error)
+        return Result()
+
+    result = asyncio.run(in_thread(call))
+    seen = weakref.ref(result)
+    del result
+    gc.collect()
+    assert kept
+    assert seen() is None
 
 
 def test_a_call_sees_the_context_of_its_caller() -> None:
