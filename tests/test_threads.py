@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import contextvars
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -105,14 +105,17 @@ def test_run_sync_waits_for_a_coroutine_also_under_a_running_loop() -> None:
 
 def test_an_interrupt_comes_out_when_the_work_has_closed_what_it_had_open() -> None:
     closed = []
+    main = threading.main_thread().ident
+    assert main is not None
 
     async def work() -> None:
-        threading.Timer(0.2, _thread.interrupt_main).start()
+        threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
         try:
             await asyncio.sleep(60)
-        finally:
+        except asyncio.CancelledError:
             await asyncio.sleep(0.3)
             closed.append("everything")
+            raise
 
     with pytest.raises(KeyboardInterrupt):
         run_sync(work())
