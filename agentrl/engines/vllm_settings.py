@@ -157,7 +157,7 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_device(settings: VLLMSettings, *, on_cpu: bool) -> None:
-    """Raises BadConfig for sleep and merged weights ``on_cpu``."""
+    """Raises BadConfig for sleep, merged weights and prompts in parts ``on_cpu``."""
     if settings.merge and on_cpu:
         raise BadConfig(
             "engine.merge is true, and this vLLM runs on a CPU, where it takes no weights from another "
@@ -166,6 +166,11 @@ def check_device(settings: VLLMSettings, *, on_cpu: bool) -> None:
     if settings.sleeps and on_cpu:
         raise BadConfig(
             "engine.share_gpu is true, and this vLLM runs on a CPU, where it can't sleep: set it to false"
+        )
+    if settings.args.get("enable_chunked_prefill") and on_cpu:
+        raise BadConfig(
+            "engine.args.enable_chunked_prefill is true, and this vLLM runs on a CPU, where prompts in parts "
+            "end it as soon as requests have seeds: leave it out"
         )
 
 
@@ -219,7 +224,9 @@ def _adapter_arguments(settings: VLLMSettings) -> dict[str, Any]:
 
 
 def _cpu_defaults(args: Mapping[str, Any]) -> dict[str, Any]:
-    defaults: dict[str, Any] = {"block_size": _CPU_BLOCK}
+    # vLLM 0.32 dies of a prompt in parts whose request has a seed: it takes back what it drew for a part, and
+    # a CPU's generators don't go back.
+    defaults: dict[str, Any] = {"block_size": _CPU_BLOCK, "enable_chunked_prefill": False}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:  # which vLLM puts above the argument
         defaults["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     alone = all(value == 1 for name, value in args.items() if name.endswith("parallel_size"))

@@ -271,6 +271,20 @@ def test_a_seed_gives_the_same_tokens_again_and_another_gives_others(
     assert first != other != largest
 
 
+def test_more_prompts_than_fit_into_one_batch_wait_and_keep_their_seeds(
+    loop: asyncio.Runner, engine: VLLMEngine
+) -> None:
+    prompts = [words(150, seed=100 + place) for place in range(16)]  # vLLM takes 2,048 tokens at once
+
+    async def main() -> list[Completion]:
+        return await asyncio.gather(*(engine.generate(prompt, sampling(8, seed=5)) for prompt in prompts))
+
+    together = loop.run(main())
+    alone = loop.run(engine.generate(prompts[-1], sampling(8, seed=5)))
+    assert together[-1].token_ids.tolist() == alone.token_ids.tolist()
+    assert [len(completion.token_ids) for completion in together] == [8] * 16
+
+
 def test_only_the_given_stop_tokens_end_a_completion_and_the_one_said_is_its_last(
     loop: asyncio.Runner, engine: VLLMEngine
 ) -> None:

@@ -377,6 +377,16 @@ def test_on_few_cores_of_a_cpu_vllms_core_and_its_worker_are_one_process(
     assert "distributed_executor_backend" not in engine_arguments(settings, known=args, on_cpu=False)
 
 
+def test_no_prompt_comes_in_parts_on_a_cpu_where_vllm_would_die_of_it() -> None:
+    parts = {"enable_chunked_prefill": True}
+    for on_cpu in (True, False):
+        arguments = engine_arguments(make_settings(), known=parts, on_cpu=on_cpu)
+        assert arguments.get("enable_chunked_prefill") is (False if on_cpu else None)
+    assert engine_arguments(make_settings(args=parts), known=parts, on_cpu=False)["enable_chunked_prefill"]
+    with pytest.raises(BadConfig, match=r"engine\.args\.enable_chunked_prefill is true"):
+        engine_arguments(make_settings(args=parts), known=parts, on_cpu=True)
+
+
 def test_the_users_executor_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_settings, "usable_cores", lambda: 2)
     args = {"distributed_executor_backend": "mp"}
