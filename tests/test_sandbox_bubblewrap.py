@@ -543,7 +543,7 @@ def test_what_a_killed_owner_left_dies_with_it_and_is_swept_by_the_next(backend:
     while _processes("sleep 4718") and time.monotonic() < until:
         time.sleep(0.05)
     assert not _processes("sleep 4718")
-    assert backend.sweep() >= 1
+    backend.sweep()  # a test in another process may have swept it, so that it says 0
     assert not _left_of(mark)
     assert mark not in Path("/proc/mounts").read_text()
 

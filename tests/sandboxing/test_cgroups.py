@@ -128,11 +128,13 @@ def test_a_group_that_holds_its_killer_is_left_alone(group: Group) -> None:
         "import os\nfrom agentrl.sandbox import Limits, SandboxLost\n"
         "from agentrl.sandboxing.hierarchy import find\n"
         "group = find().make(Limits(memory_mib=None))\ngroup.enter(os.getpid())\n"
-        "try: group.kill()\nexcept SandboxLost as error: print(error)"
+        "try: group.kill()\nexcept SandboxLost as error: print(error)\nprint(group.procs[0].parent)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "holds the process that is to kill it" in done.stdout, done.stderr
-    assert find().sweep() >= 1
+    said, folder = done.stdout.splitlines()
+    assert "holds the process that is to kill it" in said, done.stderr
+    find().sweep()  # a test in another process may have swept it, so that it says 0
+    assert not Path(folder).exists()
 
 
 _KILLED_OWNER = """
@@ -152,8 +154,7 @@ def test_groups_of_killed_owners_are_swept_with_their_processes(group: Group) ->
         [sys.executable, "-c", _KILLED_OWNER], stdout=subprocess.PIPE, text=True, timeout=60
     )
     pid, folder = done.stdout.split()
-    assert Path(folder).exists()
-    assert find().sweep() >= 1
+    find().sweep()  # a test in another process may have swept it, so that it says 0
     assert not Path(folder).exists()
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
