@@ -71,8 +71,8 @@ def test_every_token_gets_its_own_adapters_product(ids: list[int], matrices: Any
     torch.testing.assert_close(got, defined(ids, matrices), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_what_vllm_computes(matrices: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_it_is_what_vllm_computes(matrices: Any, dtype: torch.dtype, off: float) -> None:
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
     from agentrl.engines.vllm_lora import PunicaByAdapter
@@ -80,7 +80,7 @@ def test_it_is_what_vllm_computes(matrices: Any, dtype: torch.dtype) -> None:
     assert not issubclass(PunicaWrapperCPU, PunicaByAdapter)
     ids = [11, 13, 13, 12, 11]
     ours, theirs = (added(kind, ids, matrices, dtype=dtype) for kind in (PunicaByAdapter, PunicaWrapperCPU))
-    torch.testing.assert_close(ours, theirs, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-1)
+    torch.testing.assert_close(ours, theirs, rtol=off, atol=5 * off)
 
 
 def test_batches_follow_each_other(matrices: Any) -> None:
