@@ -38,9 +38,10 @@ from agentrl.warm_start import WarmStart
 __all__ = ["make_chats", "make_schedule", "prepare_base"]
 
 
-def make_schedule(config: RunConfig, env: Env, name: str) -> Schedule:
+def make_schedule(config: RunConfig, make_env: Callable[[], Env], name: str) -> Schedule:
     """The order of the training split for the purpose called ``name``."""
-    tasks = env.task_list(config.environment.train)
+    with closing(make_env()) as env:
+        tasks = env.task_list(config.environment.train)
     return Schedule(len(tasks) if isinstance(tasks, Sequence) else None, seed=config.seed, name=name)
 
 
@@ -75,9 +76,9 @@ async def prepare_base(
 
 
 async def _make_tiny(config: RunConfig, tiny: TinyConfig, make_env: Callable[[], Env], path: Path) -> None:
+    indices = make_schedule(config, make_env, "tokenizer").take(0, tiny.texts)
+    split = config.environment.train
     with closing(make_env()) as env:
-        indices = make_schedule(config, env, "tokenizer").take(0, tiny.texts)
-        split = config.environment.train
         places = [place_in(env.task_list(split), index, split=split) for index in indices]
         said = {place: await _gold_texts(config, env, split, place) for place in dict.fromkeys(places)}
         texts = [text for place in places for text in said[place]]
@@ -153,7 +154,7 @@ async def _warm_up(
 async def _gold_samples(config: RunConfig, make_env: Callable[[], Env], chats: Chats) -> list[Sample]:
     assert config.warm_start is not None
     split = config.environment.train
-    indices = make_schedule(config, make_env(), "warm start").take(0, config.warm_start.episodes)
+    indices = make_schedule(config, make_env, "warm start").take(0, config.warm_start.episodes)
     plans = [EpisodePlan(split=split, index=i, sibling=0, env_seed=i, seed=0) for i in indices]
     episodes = await gold_episodes(make_env, chats, plans, limits=config.rollout)
     return [sample for episode in episodes for sample in to_samples(episode)]
@@ -183,7 +184,7 @@ def _make_probe(
     start's own."""
     settings, split = config.warm_start, config.environment.train
     assert settings is not None
-    order = make_schedule(config, make_env(), "warm start")
+    order = make_schedule(config, make_env, "warm start")
     indices = order.take(settings.episodes, settings.probe_tasks)
     plans = [
         EpisodePlan(split=split, index=i, sibling=0, env_seed=i, seed=derive(config.seed, "probe", i))

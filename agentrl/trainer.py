@@ -104,7 +104,7 @@ class Trainer:
                 deterministic=config.engine.deterministic,
                 on_stall=on_note,
             )
-            schedule = make_schedule(config, make_env(), "train")
+            schedule = make_schedule(config, make_env, "train")
         except BaseException:
             await engine.close()
             raise

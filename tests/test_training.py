@@ -133,6 +133,29 @@ def test_an_environment_without_a_name_is_refused(given: Any) -> None:
         agentrl.train(given)
 
 
+class Door(Letters):
+    """Counts who came in and has not left."""
+
+    inside = 0
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        Door.inside += 1
+
+    def gold(self, task: Task) -> Sequence[Message]:
+        return (Message("assistant", "a"),)
+
+    def close(self) -> None:
+        Door.inside -= 1
+
+
+def test_every_environment_of_a_run_is_closed(config: Callable[..., dict[str, Any]]) -> None:
+    values = config(environment={"id": f"{__name__}:Door"}, steps=1, lora={"train_norms": False})
+    probing = {"probe_every": 1, "probe_tasks": 2}
+    agentrl.train({**values, "warm_start": {"steps": 2, "episodes": 2, "episodes_per_step": 2, **probing}})
+    assert Door.inside == 0
+
+
 def test_resuming_a_run_that_there_is_none_of_says_that_a_new_one_begins(
     config: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
