@@ -416,8 +416,7 @@ def _confine(run: Run, program: bytes) -> list[str]:
     try:
         for number, descriptor in enumerate((run.stdin, run.stdout, run.stderr)):
             os.dup2(descriptor, number)
-        with open(run.payload, "rb", closefd=False) as file:
-            argv: list[str] = json.loads(file.read())
+        argv: list[str] = json.loads(os.read(run.payload, os.fstat(run.payload).st_size))
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _give_up_rights(run.uid)

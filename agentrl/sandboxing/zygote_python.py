@@ -27,6 +27,7 @@ __all__ = ["become"]
 
 _join_threads: Callable[[], None] = threading._shutdown  # type: ignore[attr-defined]
 _OURS = (lambda: None).__code__.co_filename
+_flush_libc = ctypes.CDLL(None).fflush
 _FLUSH_FAILED = 120  # Python's own exit code for output that can't be written
 
 
@@ -197,7 +198,7 @@ def _finish(status: int, main: weakref.ref[types.ModuleType]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with suppress(BaseException):
             stream.flush()
-    ctypes.CDLL(None).fflush(None)
+    _flush_libc(None)
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
