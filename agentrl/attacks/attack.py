@@ -61,9 +61,8 @@ class Attack:
 
     def judged(self, seen: Seen) -> str:
         """What broke, as far as the result tells; "": it held."""
-        broken = [line for line in seen.said.splitlines() if line.startswith("BROKEN")]
         result = seen.result
-        if broken:
+        if broken := _broken(seen):
             return "; ".join(broken)[:400]
         if result.status not in self.statuses:
             tail = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
@@ -73,3 +72,12 @@ class Attack:
         if self.flag and self.flag not in result.flags:
             return f"no flag {self.flag!r} in {result.flags}"
         return self.check(seen) if self.check is not None else ""
+
+    def is_cut_off(self, seen: Seen) -> bool:
+        """Whether its time was up, as it must not be, before anything broke."""
+        late = seen.result.status in ("cpu", "wall") and seen.result.status not in self.statuses
+        return late and not _broken(seen)
+
+
+def _broken(seen: Seen) -> list[str]:
+    return [line for line in seen.said.splitlines() if line.startswith("BROKEN")]

@@ -24,6 +24,7 @@ __all__ = ["SELF_CHECK_LIMITS", "Stage", "probe_source"]
 SELF_CHECK_LIMITS = Limits(cpu_s=2, wall_s=20, memory_mib=128, pids=32, disk_mib=16, output_kib=64)
 _PATIENCE_S = 1.0  # for the last processes of a run to leave the host's process table
 _CLOSING_S = 5.0  # for a session to be closed, whatever was left in it
+_SLOWER = 8  # times the CPU time and the wall clock of an attack whose first try they ended
 
 
 @cache
@@ -77,8 +78,21 @@ class Stage:
         return result, mark
 
     def play(self, attack: Attack) -> str:
-        """Try one attack of commands; what broke, or ""."""
-        session = self.backend.open(self.limits(attack.limits))
+        """Try one attack of commands; what broke, or "".
+
+        One that time ended before it was through shows nothing yet: a slow host gives it more.
+        """
+        limits = self.limits(attack.limits)
+        broken, is_unfinished = self._played(attack, limits)
+        if is_unfinished:
+            times = {"cpu_s": limits.cpu_s, "wall_s": limits.wall_s}
+            longer: dict[str, Any] = {name: most and most * _SLOWER for name, most in times.items()}
+            broken, _ = self._played(attack, replace(limits, **longer))
+        return broken
+
+    def _played(self, attack: Attack, limits: Limits) -> tuple[str, bool]:
+        """What broke in one try, and whether that is no more than that its time was up."""
+        session = self.backend.open(limits)
         try:
             for name, text in attack.files.items():
                 session.write(name, text.encode())
@@ -87,9 +101,9 @@ class Stage:
             result, mark = self.run(session, attack.source, stdin=attack.stdin)
             seconds = time.monotonic() - begun
             seen = Seen(result=result, said=result.stdout.decode(errors="replace"), seconds=seconds)
+            told = attack.judged(seen)
             found = [
                 self._traces(mark, result, visits),
-                attack.judged(seen),
                 *(self._readable(session, name) for name in attack.refused),
             ]
         finally:
@@ -97,7 +111,8 @@ class Stage:
             session.close()
         if time.monotonic() - begun > _CLOSING_S:
             found.append(f"closing it took {time.monotonic() - begun:.0f} s")
-        return "; ".join(part for part in found if part)[:400]
+        is_unfinished = attack.is_cut_off(seen) and not any(found)
+        return "; ".join(part for part in (*found[:1], told, *found[1:]) if part)[:400], is_unfinished
 
     def shares_the_host(self) -> str:
         """Why what hurts a host must not be tried in this backend's sandboxes; "": it may."""

@@ -7,17 +7,20 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from agentrl.attacks.attack import Attack
 from agentrl.attacks.backend_contract import CONTRACT
 from agentrl.attacks.bait import baited, children, count_descriptors
 from agentrl.attacks.catalogue import ATTACKS, COMMANDS, VERDICTS
 from agentrl.attacks.scenarios import SCENARIOS
 from agentrl.attacks.selfcheck import Report, self_check
+from agentrl.attacks.stage import Stage
 from agentrl.attacks.verdict_trials import verdict_trials
 from agentrl.cli import app
 from agentrl.errors import BadConfig
@@ -243,6 +246,41 @@ def test_every_attack_of_the_catalogue_is_withstood(name: str) -> None:
     assert [f"{row.name}: {row.detail}" for row in report.broken] == []
     open_to = {row.name for row in report.rows if row.result in ("not enforced", "not tried")}
     assert all(row.endswith("[files]") for row in open_to), open_to
+
+
+_WAITS = """
+import os, sys, time
+from probe import *
+time.sleep(0.6)
+{found}
+done()
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "broken"),
+    [("", ""), ("print('BROKEN: a way out')", "BROKEN: a way out"), ("time.sleep(60)", "status wall")],
+)
+def test_an_attack_that_a_slow_host_cut_off_is_tried_with_more_time(found: str, broken: str) -> None:
+    attack = Attack(
+        name="slow", group="files", tries="wait", source=_WAITS.format(found=found), limits={"wall_s": 0.5}
+    )
+    backend = make_sandbox("process")
+    with baited() as bait, closing(backend):
+        told = Stage(backend=backend, label="", survey=backend.survey(), bait=bait).play(attack)
+    assert told.startswith(broken)
+    assert bool(told) == bool(broken)
+
+
+def test_what_broke_before_an_attack_was_cut_off_is_told() -> None:
+    source = "print('BROKEN: a way out', flush=True)\nimport time\ntime.sleep(60)\n"
+    attack = Attack(name="slow", group="files", tries="wait", source=source, limits={"wall_s": 0.5})
+    backend = make_sandbox("process")
+    with baited() as bait, closing(backend):
+        begun = time.monotonic()
+        told = Stage(backend=backend, label="", survey=backend.survey(), bait=bait).play(attack)
+    assert told == "BROKEN: a way out"
+    assert time.monotonic() - begun < 4  # not tried again
 
 
 @pytest.mark.parametrize("name", ["bubblewrap", "zygote"])
