@@ -1,7 +1,8 @@
 """HumanEval+ and MBPP+: inputs and a reference become a problem; the reference runs in a sandbox, never here.
 
-Comparison is EvalPlus's: equal, floats within 1e-6 or the row's ``atol``; ``find_zero`` by the polynomial's
-value at the answer; the results of some functions as sets. Its two functions with a second accepted reading,
+Comparison is EvalPlus's: Python's ``==``, or, where the answer is a float or a list of floats or the row has
+an ``atol``, numpy's ``assert_allclose`` with that, else 1e-6; ``find_zero`` by the polynomial's value at the
+answer; the results of some functions as sets. Its two functions with a second accepted reading,
 "are_equivalent" and "sum_div", are compared with the reference alone. Inputs on which the reference raises
 are left out, since nothing is right there, and those on which it gives more than a megabyte.
 """
@@ -50,6 +51,18 @@ _ANY_ORDER = frozenset(
     ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum")
     + ("intersection_array", "find_dissimilar", "Diff")
 )
+_EQUAL = "from math import inf, nan\nassert candidate(*{given}) == {wanted}"
+# numpy.testing.assert_allclose with its own rtol, for numbers and what is nested of them.
+_CLOSE = """
+from math import inf, nan
+def is_close(got, wanted):
+    if isinstance(wanted, (list, tuple)):
+        return len(got) == len(wanted) and all(map(is_close, got, wanted))
+    are_nan = got != got and wanted != wanted
+    return got == wanted or are_nan or abs(got - wanted) <= {atol} + 1e-7 * abs(wanted)
+got, wanted = candidate(*{given}), {wanted}
+assert got == wanted or is_close(got, wanted)
+"""
 # The answer of find_zero is any root: the value there must be small.
 _FIND_ZERO = (
     "import math\nxs = {inputs}\nx = candidate(xs)\n"
@@ -82,8 +95,12 @@ def _test(
     expected = decode(answer)
     if function in _ANY_ORDER:
         return AssertTest(id=name, code=f"assert set(candidate(*{given!r})) == set({expected!r})")
-    allowed = tolerance or (_TOLERANCE if _has_floats(answer) else 0.0)
-    return CallTest(id=name, args=tuple(given), expected=expected, tolerance=allowed)
+    if tolerance or _is_floats(expected):
+        code = _CLOSE.format(given=repr(given), wanted=repr(expected), atol=tolerance or _TOLERANCE)
+        return AssertTest(id=name, code=code)
+    if _has_bools(answer):  # which a CallTest tells from 0 and 1
+        return AssertTest(id=name, code=_EQUAL.format(given=repr(given), wanted=repr(expected)))
+    return CallTest(id=name, args=tuple(given), expected=expected)
 
 
 def _zeros(inputs: Iterable[list[Any]], atol: float) -> Iterable[AssertTest]:
@@ -131,7 +148,14 @@ def _with_tuples(value: Any, levels: tuple[int, ...], level: int) -> Any:
     return tuple(items) if level in levels else items
 
 
-def _has_floats(tree: Any) -> bool:
+def _is_floats(value: Any) -> bool:
+    """EvalPlus's ``is_floats``."""
+    return isinstance(value, float) or (
+        isinstance(value, (list, tuple)) and all(isinstance(item, float) for item in value)
+    )
+
+
+def _has_bools(tree: Any) -> bool:
     if isinstance(tree, dict):
-        return any(map(_has_floats, tree.values()))
-    return isinstance(tree, float) or (isinstance(tree, list) and any(map(_has_floats, tree)))
+        return any(map(_has_bools, tree.values()))
+    return isinstance(tree, bool) or (isinstance(tree, list) and any(map(_has_bools, tree)))

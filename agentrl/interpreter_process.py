@@ -47,8 +47,9 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):  # closed or replaced by the cell: what it showed is lost, nothing else
                 stream.flush()
-        text = _taken(written, cell["most"])
-        _tell(told, text + ("\n" if text and error and text[-1] != "\n" else "") + error)
+        most, data = cell["most"], error.encode("utf-8", "replace")
+        text, said = _taken(written, most - min(len(data), most // 2)), _cut(data, most // 2)
+        _tell(told, text + ("\n" if text and said and text[-1] != "\n" else "") + said)
 
 
 def _redirect() -> int:
@@ -111,6 +112,14 @@ def _taken(written: int, most: int) -> str:
         cut = f"\n[cut: {size - most} bytes]\n".encode()
         data = os.pread(written, head, 0) + cut + os.pread(written, tail, size - tail)
     os.ftruncate(written, 0)
+    return data.decode("utf-8", "replace")
+
+
+def _cut(data: bytes, most: int) -> str:
+    """Head and tail of what has more than ``most`` bytes."""
+    if len(data) > most:
+        tail = data[len(data) - most // 2 :]
+        data = data[: most - most // 2] + f"\n[cut: {len(data) - most} bytes]\n".encode() + tail
     return data.decode("utf-8", "replace")
 
 

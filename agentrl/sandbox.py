@@ -34,6 +34,7 @@ __all__ = [
     "Survey",
     "Talk",
     "check_enforced",
+    "check_command",
     "check_path",
     "lowered",
 ]
@@ -53,6 +54,7 @@ GUARANTEES: Mapping[str, str] = {
     "survivors": "leave a process behind when its run is over",
 }
 LIMITS = ("cpu_s", "wall_s", "memory_mib", "pids", "disk_mib", "output_kib")
+_MOST_PIDS = 1 << 22  # that Linux has (PID_MAX_LIMIT)
 _MOST_PATH = 200  # characters of a file's name, with its folders
 
 
@@ -83,9 +85,15 @@ class Limits:
     def __post_init__(self) -> None:
         for name in LIMITS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not 0 < value < 1e9):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
                 raise BadConfig(
-                    f"Limits({name}={value!r}): it is above 0 and below 1e9, or None for no limit"
+                    f"Limits({name}={value!r}): it is a number above 0 and below 1e9, or None for no limit"
+                )
+            if name == "pids" and (value != int(value) or value > _MOST_PIDS):
+                raise BadConfig(
+                    f"Limits(pids={value!r}): it is a whole number up to {_MOST_PIDS}, or None for no limit"
                 )
 
 
@@ -246,6 +254,18 @@ def check_path(path: str) -> PurePosixPath:
             "characters, without '..' and empty parts"
         )
     return PurePosixPath(path)
+
+
+def check_command(argv: Sequence[str], stdin: bytes | Talk) -> None:
+    """Raises BadConfig for what is no command line, and for what can't be its stdin."""
+    if isinstance(argv, str) or not argv or not all(isinstance(word, str) for word in argv):
+        raise BadConfig(
+            f"{argv!r:.200} is no command: it is a sequence of str, a program's name and its arguments"
+        )
+    if not isinstance(stdin, bytes) and not callable(stdin):
+        raise BadConfig(
+            f"stdin is {type(stdin).__name__}: it is bytes, or a Talk that is called with a channel"
+        )
 
 
 def lowered(limits: Limits, wanted: Limits | None) -> Limits:

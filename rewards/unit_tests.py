@@ -22,8 +22,10 @@ from agentrl.types import Score
 
 __all__ = ["UnitTests", "program_in"]
 
-_FENCE = re.compile(r"[ \t]*(`{3,}+|~{3,}+)([^`]*)")  # a whole line that opens or closes a block
-_LANGUAGES = ("python", "python3", "py")
+_FENCE = re.compile(r"([ \t]*)(`{3,}+|~{3,}+)([^`]*)")  # a whole line that opens or closes a block
+# What stands behind an opening fence: ``python``, ``py3``, ``{.python}``, ``python3.11``, ``python:name.py``.
+_LABEL = re.compile(r"\{?\.?([^\s{}:,=]*)")
+_PYTHON = re.compile(r"py(thon)?[\d.]*", re.ASCII)
 
 
 class UnitTests:
@@ -73,33 +75,46 @@ def program_in(answer: str) -> str:
     """The last fenced block of Python in ``answer``, outside thinking; all of it where there is no fence.
 
     A block labelled as Python goes before those without a language; where only other languages are fenced,
-    there is no program. A fence closes what one of its kind and at most its length opened, at the end of a
-    line of code too; a last block that nothing closes runs to the end. One pass, whatever a policy writes.
+    there is no program. As far as an opening fence is indented, so are its lines. A fence closes what one of
+    its kind and at most its length opened, at the end of a line of code too; a last block that nothing closes
+    runs to the end. One pass, whatever a policy writes.
     """
     text = visible_text(answer).replace("\r\n", "\n")
     if "```" not in text and "~~~" not in text:
         return text
     last: dict[bool, str] = {}  # by whether the block is labelled
     for language, block in _blocks(text):
-        if not language or language in _LANGUAGES:
+        if not language or _PYTHON.fullmatch(language):
             last[bool(language)] = block
     return last.get(True, last.get(False, ""))
 
 
 def _blocks(text: str) -> Iterator[tuple[str, str]]:
     """Every fenced block: its language in lower case, "" without one, and its lines."""
-    fence, language = "", ""
+    indent, fence, language = "", "", ""
     lines: list[str] = []
     for line in text.split("\n"):
         match = _FENCE.fullmatch(line)
         if not fence:
             if match:
-                fence, language, lines = match[1], "".join(match[2].split()[:1]).lower(), []
+                indent, fence, lines = match[1], match[2], []
+                language = _language(match[3])
         elif line.rstrip().endswith(fence):
-            code = line.rstrip().rstrip(fence[0])
+            code = _outdented(line, indent).rstrip().rstrip(fence[0])
             yield language, "\n".join((*lines, code if code.strip() else ""))
             fence = ""
         else:
-            lines.append(line)
+            lines.append(_outdented(line, indent))
     if fence and any(line.strip() for line in lines):
         yield language, "\n".join(lines)
+
+
+def _language(label: str) -> str:
+    match = _LABEL.match(label.strip().lower())
+    return match[1] if match else ""
+
+
+def _outdented(line: str, indent: str) -> str:
+    """Without the blanks that stand before the fence, as CommonMark has it."""
+    blanks = len(line) - len(line.lstrip(" \t"))
+    return line[min(blanks, len(indent)) :]

@@ -14,17 +14,14 @@ import itertools
 import json
 import os
 import random
-import select
-import signal
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from agentrl.errors import BadConfig
 from agentrl.sandbox import (
@@ -33,15 +30,17 @@ from agentrl.sandbox import (
     SandboxLost,
     Survey,
     Talk,
+    check_command,
     check_enforced,
     lowered,
 )
 from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
-from agentrl.sandboxing.cgroups import Group
 from agentrl.sandboxing.hierarchy import Hierarchy, find
-from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive, outcome, overfull, refused
+from agentrl.sandboxing.pump import overfull, refused
 from agentrl.sandboxing.seccomp import telltale_filter
+from agentrl.sandboxing.turns import Turn
 from agentrl.sandboxing.zygote_handle import ZygoteHandle, ZygoteSettings
+from agentrl.sandboxing.zygote_run import ZygoteRun
 
 __all__ = ["PRELOAD", "Zygote"]
 
@@ -61,9 +60,6 @@ PRELOAD = (
     "string",
     "typing",
 )
-_MOST_REPORT = 4096  # bytes of an init's last words
-Fork = Callable[[Sequence[int]], int]
-_KILL_S = 30.0  # for the kernel to end a run
 _FILES_PER_MIB = 256  # of a file system in memory: small ones cost more than they hold
 _CROWD = 2  # sessions of each zygote before another one is started
 _FIRST_UID, _UIDS = 1 << 20, 1 << 30
@@ -264,7 +260,7 @@ class _Session:
         self._number = number
         self._on_close = on_close
         self._closing = threading.Event()
-        self._running = threading.Lock()
+        self._running = Turn()
         self._files = threading.Lock()  # so that nobody reads in a folder that is being closed
         self._uid = random.SystemRandom().randrange(_FIRST_UID, _UIDS)
         self._owner = self._uid if os.geteuid() == 0 else None
@@ -292,6 +288,7 @@ class _Session:
         limits: Limits | None = None,
     ) -> ExecResult:
         """See :class:`agentrl.sandbox.Sandbox`."""
+        check_command(argv, stdin)
         allowed = lowered(self._limits, limits)
         asked = time.monotonic()
         with self._running:
@@ -305,7 +302,7 @@ class _Session:
                 return overfull()
             self._group.begin()
             start = partial(self._zygote.start, uid=self._uid, options=self._options)
-            with _Run(self._group, self._closing, owner=self._owner) as run:
+            with ZygoteRun(self._group, self._closing, owner=self._owner) as run:
                 run.start(partial(start, self._number), argv, entries=self._entries)
                 queue_ms = (time.monotonic() - asked) * 1000
                 pumped = run.drive(stdin=stdin, limits=allowed)
@@ -340,93 +337,6 @@ class _Session:
             raise SandboxLost("this sandbox is closed: open another")
         unlock(self._folder)
         return self._folder
-
-
-class _Run:
-    """One command from its fork to its result. A context manager; leaving it kills what is left."""
-
-    def __init__(self, group: Group, closing: threading.Event, *, owner: int | None) -> None:
-        self._group = group
-        self._owner = owner
-        self._closing = closing
-        self._init = -1  # a pidfd
-        self._pipes: list[int] = []  # our ends of stdin, stdout, stderr and status, until drive has them
-
-    def start(self, fork: Fork, argv: Sequence[str], *, entries: Sequence[int]) -> None:
-        """Let ``fork`` make its processes, to have these descriptors. Raises SandboxLost."""
-        theirs: list[int] = []  # closed here once they are the zygote's
-        try:
-            command = os.memfd_create("command", os.MFD_CLOEXEC)
-            theirs.append(command)
-            with open(command, "wb", closefd=False) as file:
-                file.write(json.dumps(list(argv)).encode())
-            os.lseek(command, 0, os.SEEK_SET)
-            for stream in range(4):
-                read, write = os.pipe2(os.O_CLOEXEC)
-                self._pipes.append(read if stream else write)
-                theirs.append(write if stream else read)
-                if stream < 3 and self._owner is not None:
-                    os.fchown(read, self._owner, self._owner)  # so that it can be opened as /dev/stdin is
-            self._init = fork([*theirs, *entries])
-        except OSError as error:
-            raise SandboxLost(f"a run can't be started: {error}") from error
-        finally:
-            for descriptor in theirs:
-                os.close(descriptor)
-
-    def drive(self, *, stdin: bytes | Talk, limits: Limits) -> Pumped:
-        """Until it is over and everything is dead."""
-        *streams, status = self._pipes
-        self._pipes = [status]
-        clock = Clock(exited=status, cpu_s=self._group.cpu_s, kill=self._kill, closing=self._closing)
-        return drive(Pipes(*streams), clock, stdin=stdin, limits=limits)
-
-    def result(self, pumped: Pumped, *, queue_ms: float) -> ExecResult:
-        """What became of it. Raises SandboxLost where it never began."""
-        said = os.read(self._pipes[0], _MOST_REPORT)
-        if said.startswith(b"E"):
-            raise SandboxLost(f"a sandbox could not be made: {said[1:].decode(errors='replace')}")
-        code = os.waitstatus_to_exitcode(struct.unpack("=i", said[1:])[0]) if said else None
-        status, fault = outcome(pumped.end, -signal.SIGKILL if code is None else code)
-        if pumped.end != "closed" and self._group.oom_kills():
-            status, fault = "memory", "policy"
-        elif pumped.end == "exit" and code is None:  # the init is out of its reach
-            status, fault = "lost", "world"
-        killed = code is None or code < 0
-        return ExecResult(
-            status=status,
-            fault=fault,
-            exit_code=code if status in ("ok", "error") and not killed else None,
-            signal=(-code if code else signal.SIGKILL) if killed else None,
-            stdout=pumped.stdout.data,
-            stderr=pumped.stderr.data,
-            truncated=pumped.stdout.dropped + pumped.stderr.dropped,
-            cpu_ms=self._group.cpu_s() * 1000,
-            wall_ms=pumped.wall_s * 1000,
-            queue_ms=queue_ms,
-            peak_bytes=self._group.peak_bytes(),
-            flags=("pids_hit",) if self._group.pids_hit() else (),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        try:
-            self._kill()
-        finally:
-            for descriptor in (*self._pipes, self._init):
-                if descriptor >= 0:
-                    os.close(descriptor)
-
-    def _kill(self) -> None:
-        """The init, and wait for its end: it comes when no other process of the run is left."""
-        if self._init < 0:
-            return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._init, signal.SIGKILL)
-        if not select.select([self._init], [], [], _KILL_S)[0]:
-            raise SandboxLost("the processes of a sandbox can't be killed: the kernel holds them")
 
 
 def _open_entry(path: Path) -> int:

@@ -91,6 +91,17 @@ def test_head_and_tail_of_much_output_are_shown(interpreter: Interpreter) -> Non
     assert len(text) < 500
 
 
+@pytest.mark.parametrize(
+    "cell", ["raise ValueError('y' * 30_000)", "{}['k' * 30_000]", "x = " + "1 + " * 10_000, "1 +\x00"]
+)
+def test_a_long_error_is_cut_and_costs_no_state(interpreter: Interpreter, cell: str) -> None:
+    interpreter.run("kept = 42", deadline_s=5)
+    text = interpreter.run(f"print('before' * 50)\n{cell}", deadline_s=5)
+    assert "Error" in text
+    assert len(text) < 600
+    assert interpreter.run("kept", deadline_s=5) == "42\n"
+
+
 def test_what_is_written_to_the_protocols_descriptors_is_no_frame(interpreter: Interpreter) -> None:
     noise = (
         "import os, contextlib\nfor fd in range(3, 20):\n    with contextlib.suppress(OSError):\n"

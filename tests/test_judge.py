@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agentrl.errors import BadConfig, BadData
+from agentrl.errors import BadData
 from agentrl.evalplus import plus_problem
 from agentrl.faults import Ledger, in_line_s
 from agentrl.judge import (
@@ -126,10 +126,14 @@ def f(x):
         assert (verdict.verdict, verdict.fault, verdict.flags) == ("RE", "policy", ("garbled",))
 
 
-def test_an_expected_output_that_could_not_be_kept_is_refused(judge: Judge) -> None:
-    for text in ("x" * (64 << 10), "\u4e2d" * 30_000):
-        with pytest.raises(BadConfig, match="raise output_kib"):
-            judge.judge("print(1)", Problem(tests=(IOTest(id="one", stdin="", stdout=text),)))
+def test_an_expected_output_of_any_size_is_kept(judge: Judge) -> None:
+    for text in ("x" * (64 << 10), "\u4e2d" * 30_000, "x" * 1_000_000):
+        problem = Problem(
+            tests=(IOTest(id="a", stdin="0", stdout="0"), IOTest(id="b", stdin="1", stdout=text))
+        )
+        right = f"print(0 if input() == '0' else {text[0]!r} * {len(text)})"
+        assert judge.judge(right, problem).verdict == "AC"
+        assert judge.judge("print(0)", problem).verdict == "WA"
 
 
 @pytest.mark.parametrize("problem", [_CALLS, _ASSERTS, _PROGRAM], ids=["calls", "asserts", "program"])
@@ -181,14 +185,25 @@ def test_an_output_without_end_is_over_the_limit(judge: Judge) -> None:
     assert judge.judge(f"def f(x):\n    {flood.replace(chr(10), chr(10) + '    ')}", _CALLS).verdict == "OLE"
 
 
+def test_an_exception_that_wants_more_than_a_text_reaches_a_test_as_its_base(judge: Judge) -> None:
+    code = "try:\n    candidate('ff')\nexcept ValueError:\n    pass\nelse:\n    assert False\n"
+    problem = Problem(entry_point="f", tests=(AssertTest(id="a", code=code),))
+    assert judge.judge("def f(x):\n    return bytes.fromhex(x).decode()", problem).verdict == "AC"
+    assert judge.judge("def f(x):\n    raise KeyError", problem).verdict == "RE"
+
+
+def test_what_is_expected_to_be_printed_is_no_sign_of_cheating(judge: Judge) -> None:
+    says = Problem(tests=(IOTest(id="a", stdin="", stdout="OK\n"),))
+    assert judge.judge("print('OK')", says).flags == ()
+    assert judge.judge("print('OK')", _PROGRAM).flags == ("runner_markers",)
+
+
 def test_outputs_are_compared_without_blanks_at_the_ends(judge: Judge) -> None:
     assert judge.judge("print(int(input()) + 1, ' \\n\\n')", _PROGRAM).verdict == "AC"
     assert judge.judge("print(f' {int(input()) + 1}')", _PROGRAM).verdict == "WA"
 
 
-def test_more_output_than_is_kept_can_not_be_expected(judge: Judge) -> None:
-    with pytest.raises(BadConfig, match="raise output_kib"):
-        judge.judge("", Problem(tests=(IOTest(id="long", stdin="", stdout="x" * 100_000),)))
+def test_more_output_than_is_kept_is_over_the_limit(judge: Judge) -> None:
     assert judge.judge("print('x' * 100_000)", _PROGRAM).verdict == "OLE"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -332,11 +334,15 @@ for where in (('127.0.0.1', {port}), ('169.254.169.254', 80), ('1.1.1.1', 53), (
     except OSError as error: print(error.errno)
 own = socket.create_server(('127.0.0.1', 0))
 socket.create_connection(own.getsockname())
-print(*[name for _, name in socket.if_nameindex()])
+print(*[line.partition(":")[0].strip() for line in open("/proc/net/dev").read().splitlines()[2:]])
 """
         *errors, names = _said(python(code)).splitlines()
     assert all(error.isdigit() for error in errors)
     assert names == "lo"
+
+
+def test_the_name_of_its_control_group_says_nothing(python: Run) -> None:
+    assert "agentrl" not in _said(python("print(open('/proc/self/cgroup').read())"))
 
 
 def test_the_hosts_environment_is_nowhere(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -677,3 +683,108 @@ with open('/proc/self/mem', 'rb', 0) as memory:
 print(found)
 """
     return _said(sandbox.run(["python3", "-c", code])) == "True"
+
+
+# -- what happens to the host's process --
+
+
+def test_descriptors_above_a_thousand_are_as_good_as_any(sandbox: Sandbox) -> None:
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert _said(sandbox.run(["echo", "well"])) == "well"
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+@contextmanager
+def _interrupted(after_s: float) -> Iterator[None]:
+    """A signal whose handler raises, as Ctrl-C's does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, after_s)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def test_an_interrupt_while_a_zygote_is_asked_mixes_up_no_answers() -> None:
+    backend = make_sandbox("zygote", zygotes=1)
+    try:
+        backend.open(_LIMITS)
+        (zygote,) = backend._zygotes  # type: ignore[attr-defined]
+        os.kill(zygote.pid, signal.SIGSTOP)
+        with _interrupted(0.2):
+            backend.open(_LIMITS)
+        one, two = backend.open(_LIMITS), backend.open(_LIMITS)
+        one.write("mine", b"1")
+        two.write("mine", b"2")
+        assert (one.read("mine"), two.read("mine")) == (b"1", b"2")
+        assert _said(one.run(["cat", "mine"])) == "1"
+    finally:
+        backend.close()
+
+
+def test_a_fork_of_this_process_holds_nothing_of_a_run(sandbox: Sandbox) -> None:
+    children: list[int] = []
+
+    def fork() -> None:
+        children.append(os.fork())
+        if not children[-1]:
+            time.sleep(20)
+            os._exit(0)
+
+    timer = threading.Timer(0.4, fork)
+    timer.start()
+    began = time.monotonic()
+    result = sandbox.run(["sh", "-c", "sleep 1; cat | wc -c"], stdin=b"x" * 200_000)
+    timer.join()
+    sandbox.close()
+    took = time.monotonic() - began
+    os.kill(children[0], signal.SIGKILL)
+    os.waitpid(children[0], 0)
+    assert _said(result) == "200000"
+    assert took < 10
+
+
+@pytest.mark.parametrize("use", ["run", "close"])
+def test_a_talk_that_uses_its_own_sandbox_is_told_so(sandbox: Sandbox, use: str) -> None:
+    def talk(channel: Channel) -> None:
+        sandbox.run(["true"]) if use == "run" else sandbox.close()
+
+    with pytest.raises(BadConfig, match="from within the talk of its own run"):
+        sandbox.run(["sleep", "50"], stdin=talk)
+
+
+@pytest.mark.parametrize("spare", range(0, 14, 2))
+def test_nothing_lives_on_where_this_process_has_no_descriptor_left(spare: int) -> None:
+    backend = make_sandbox("zygote", zygotes=1)
+    word = f"31.4{os.getpid()}{spare}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    try:
+        sandbox = backend.open(replace(_LIMITS, wall_s=1, cpu_s=1))
+        sandbox.run(["true"])
+        before = len(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 100, hard))
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        for descriptor in held[:spare]:
+            os.close(descriptor)
+        with suppress(SandboxLost):
+            assert sandbox.run(["sleep", word]).status == "wall"
+    finally:
+        for descriptor in held[spare:]:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        time.sleep(0.2)
+        alive = subprocess.run(["pgrep", "-f", f"sleep {word}"], capture_output=True, text=True).stdout
+        backend.close()
+    assert alive == ""

@@ -249,7 +249,7 @@ def _cpu(stage: Stage) -> str:
 
 
 def _memory(stage: Stage) -> str:
-    with stage.sandbox() as session:
+    with stage.sandbox({"cpu_s": 20, "wall_s": 60}) as session:  # a slow host fills it slowly
         result = session.run(["python3", "-c", "x = bytearray(300 << 20); x[::4096] = bytes(len(x[::4096]))"])
         after = session.run(["python3", "-c", "print('alive')"])
     return _differs(result, status="memory", fault="policy") or _differs(

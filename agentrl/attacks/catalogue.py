@@ -12,6 +12,7 @@ from agentrl.attacks.exits import EXITS
 from agentrl.attacks.files import FILES
 from agentrl.attacks.graders import GRADERS, TEXTS
 from agentrl.attacks.isolation import ISOLATION
+from agentrl.attacks.memory import MEMORY
 from agentrl.attacks.network import NETWORK
 from agentrl.attacks.outputs import OUTPUTS
 from agentrl.attacks.privileges import PRIVILEGES
@@ -25,6 +26,7 @@ __all__ = ["ATTACKS", "COMMANDS", "VERDICTS", "Attack", "Group", "Kind", "Seen"]
 # Tried as commands in a sandbox.
 COMMANDS: tuple[Attack, ...] = (
     *RESOURCES,
+    *MEMORY,
     *CLOCKS,
     *PROCESSES,
     *ISOLATION,

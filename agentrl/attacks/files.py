@@ -249,7 +249,7 @@ done()
         source="""
 import zlib
 from probe import *
-packer = zlib.compressobj(9)
+packer = zlib.compressobj(1)
 with open("bomb.zz", "wb") as file:
     for _ in range(200):
         file.write(packer.compress(bytes(1 << 20)))

@@ -14,6 +14,7 @@ Standard library only and Python 3.8: it is sent as source.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import sys
 import types
 from typing import Any
@@ -70,10 +71,11 @@ def _exception(name: str, text: str) -> BaseException:
     kind = builtins.__dict__.get(name, Exception)
     if name in _NOT_RAISED or not (isinstance(kind, type) and issubclass(kind, Exception)):
         return RuntimeError(name)
-    try:
-        return kind(text)
-    except TypeError:  # UnicodeDecodeError wants five arguments
-        return RuntimeError(name)
+    bases = [base for base in kind.__mro__ if issubclass(base, Exception)]
+    for base in bases:  # UnicodeDecodeError wants five arguments; its base, ValueError, takes a text
+        with contextlib.suppress(TypeError):
+            return base(text)
+    return RuntimeError(name)
 
 
 def _update(given: list[Any], now: list[Any]) -> None:

@@ -1,22 +1,25 @@
 """The inside of a workspace's sandbox: one hidden test, run beside the files that an agent left.
 
-The judge sends ``["grade", node id]`` and is told ``["forked"]``, or ``["unsupported", why]`` where the test
-needs more than there is; then it sends ``["nonce", nonce]`` and gets ``["done", outcome, text, nonce]``, its
-outcome one of passed, failed and silent (it ended without a verdict, or with several). pytest runs the test
-where this Python has it, with no plugin, no configuration, no cache and no conftest.py but a hidden one; else
-the runner below does: functions ``test_*`` without fixtures but ``tmp_path``, methods, unittest's cases.
+The judge sends ``["grade", node id, names of the hidden sources]`` and is told ``["forked"]``, or
+``["unsupported", why]`` where the test needs more than there is; then it sends ``["nonce", nonce]`` and gets
+``["done", outcome, text, nonce]``, its outcome one of passed, failed and silent (it ended without a verdict,
+or with several). pytest runs the test where this Python has it, with no plugin, no configuration, no cache
+and no conftest.py but a hidden one; else the runner below does: functions ``test_*`` without fixtures but
+``tmp_path``, methods, what sets these up, and unittest's cases.
 
 Test and solution share a process by nature, so that a solution which means to can make its test pass. What
 is in its way: that process is forked off one that keeps the judge's pipes and that it can't trace or open;
 its verdict needs a number that no variable or object holds while a test runs, exactly once; the modules of
-the workspace come last on the path, so that they shadow nothing; ours, unittest's and pytest's are imported
-before any of theirs; functions are run only where their code is what was compiled from the hidden file;
-unittest's classes are restored before they are used. Standard library only and Python 3.8: it is sent as
+the workspace come last on the path, behind those beside the hidden file, so that they shadow nothing; ours,
+unittest's and pytest's are imported before any of theirs; functions are run only where their code is what was
+compiled from the hidden file, or decorated there; unittest's classes are restored before they are used, and
+nobody traces. Standard library only and Python 3.8: it is sent as
 source.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import ctypes
 import importlib.util
@@ -28,6 +31,7 @@ import tempfile
 import time
 import types
 import unittest
+import unittest.case
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +43,20 @@ _MOST_TEXT = 2_000  # characters of what a failed test said
 _MOST_TOLD = 1 << 16  # bytes
 _DESCRIPTOR, _NONCE = 4, 16  # bytes of what a child is to say its verdict with
 _LOOK_S = 0.01  # between two looks whether a child has ended
+_RESTORED = (
+    unittest.TestCase,
+    unittest.TestResult,
+    unittest.TestSuite,
+    unittest.BaseTestSuite,
+    unittest.case._Outcome,  # type: ignore[attr-defined]
+)
 _PR_SET_DUMPABLE = 4  # 0: no process of the same user may trace this one or open its files
 
 
 def serve() -> None:
     """Run one test in a child and say what became of it."""
     pipes = claim_pipes()
-    _, node = pipes.receive()
+    _, node, sources = pipes.receive()
     with contextlib.suppress(OSError, AttributeError):  # a hardened kernel, another libc: then without
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     if lacking := _lacking(*node.split("::")):
@@ -59,7 +70,7 @@ def serve() -> None:
         os.close(heard)
         pipes.close()
         del nonce, said, heard  # frames below a test's are in its reach
-        _child(node, place)
+        _child(node, place, sources)
     os.close(said)
     pipes.send(["forked"])
     _, theirs = pipes.receive()  # not in the child's memory
@@ -87,9 +98,24 @@ def _lacking(path: str, *names: str) -> str:
     source = Path(path).read_text(encoding="utf-8")
     if "import pytest" in source or "from pytest" in source:
         return "it imports pytest, which this Python does not have"
-    codes = _codes(compile(source, path, "exec", dont_inherit=True))
-    wanted = [name for code in codes if code.co_name == names[-1] for name in _fixtures(code, len(names) > 1)]
+    wanted = _fixtures(_definition(source, names), len(names) > 1)
     return next((f"it needs pytest's fixture {name}" for name in wanted if name != "tmp_path"), "")
+
+
+def _definition(source: str, names: tuple[str, ...]) -> Any:
+    """What the hidden file says of a test; None where it is not written there, but inherited, say."""
+    found: Any = ast.parse(source)
+    for name in names:
+        within = getattr(found, "body", ())
+        found = next((node for node in within if getattr(node, "name", "") == name.partition("[")[0]), None)
+    return found
+
+
+def _fixtures(definition: Any, is_method: bool) -> list[str]:
+    if definition is None or not hasattr(definition, "args"):
+        return []
+    names = [argument.arg for argument in (*definition.args.posonlyargs, *definition.args.args)]
+    return names[is_method : len(names) - len(definition.args.defaults)]
 
 
 def _told(descriptor: int, pid: int) -> bytes:
@@ -107,23 +133,24 @@ def _told(descriptor: int, pid: int) -> bytes:
         ended = ended or os.waitpid(pid, os.WNOHANG)[0] == pid
 
 
-def _child(node: str, place: int) -> None:
+def _child(node: str, place: int, sources: list[str]) -> None:
     write, leave, recall = os.write, os._exit, ctypes.string_at
     path, *names = node.split("::")
     sys.dont_write_bytecode = True
     sys.pycache_prefix = tempfile.mkdtemp()  # a planted .pyc is not looked for there
     # Looked for before theirs can be found.
-    run = _with_pytest if importlib.util.find_spec("pytest") else _without_pytest
-    sys.path += [os.getcwd(), os.path.dirname(os.path.abspath(path))]
-    originals = [(kind, dict(vars(kind))) for kind in (unittest.TestCase, unittest.TestResult)]
+    has_pytest = importlib.util.find_spec("pytest") is not None
+    sys.path += [os.path.dirname(os.path.abspath(path)), os.getcwd()]
+    hidden = _Hidden(path, names, sources)
     try:
-        told = "passed:" if run(path, names, originals) else "failed:"
+        passed = _with_pytest(hidden) if has_pytest else _without_pytest(hidden)
+        told = "passed:" if passed else "failed:"
     except BaseException as error:
         told = f"failed:{type(error).__name__}: {_said(error)}"
-    hidden = recall(place, _DESCRIPTOR + _NONCE)
+    kept = recall(place, _DESCRIPTOR + _NONCE)
     write(
-        int.from_bytes(hidden[:_DESCRIPTOR], "big"),
-        hidden[_DESCRIPTOR:] + told[:_MOST_TEXT].encode("utf-8", "replace"),
+        int.from_bytes(kept[:_DESCRIPTOR], "big"),
+        kept[_DESCRIPTOR:] + told[:_MOST_TEXT].encode("utf-8", "replace"),
     )
     leave(0)
 
@@ -135,30 +162,54 @@ def _said(error: BaseException) -> str:
         return ""
 
 
-def _without_pytest(path: str, names: list[str], originals: Any) -> bool:
-    source = Path(path).read_text(encoding="utf-8")
-    code = compile(source, path, "exec", dont_inherit=True)
-    module = types.ModuleType(Path(path).stem)
-    module.__file__ = os.path.abspath(path)
-    sys.modules[module.__name__] = module
-    exec(code, module.__dict__)
-    holder: Any = module
-    for name in names[:-1]:
-        holder = getattr(holder, name)
-    if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
-        return _unittest_passes(holder, names[-1], _codes(code), originals)
-    held = holder() if isinstance(holder, type) else holder
-    function = getattr(held, names[-1])
-    plain = inspect.unwrap(getattr(function, "__func__", function))
-    if getattr(plain, "__code__", None) not in _codes(code):
-        raise AssertionError("the test is not the hidden one any more")
-    given = {name: Path(tempfile.mkdtemp()) for name in _fixtures(plain.__code__, held is not module)}
-    for step in ("setup_method", "setup"):
-        if hasattr(held, step):
-            getattr(held, step)()
-    if function(**given) is not None:
-        raise AssertionError("it returned something")
-    return True
+class _Hidden:
+    """A hidden test as its file has it, read before any of the agent's code is loaded."""
+
+    def __init__(self, path: str, names: list[str], sources: list[str]) -> None:
+        self.path, self.names = path, names
+        self.is_hooked = any(os.path.basename(name) == "conftest.py" for name in sources)
+        self.source = Path(path).read_text(encoding="utf-8")
+        self.definition = _definition(self.source, tuple(names))
+        self.code = compile(self.source, path, "exec", dont_inherit=True)
+        self._codes = _codes(self.code)
+        for name in sources:  # what is inherited from another hidden file is hidden, too
+            with contextlib.suppress(SyntaxError, ValueError):
+                self._codes += _codes(compile(Path(name).read_bytes(), name, "exec", dont_inherit=True))
+        self._originals = [
+            (
+                kind,
+                dict(vars(kind)),
+                [(value, value.__code__) for value in vars(kind).values() if _is_plain(value)],
+            )
+            for kind in _RESTORED
+        ]
+        self._unwrap, self._trace, self._profile = inspect.unwrap, sys.settrace, sys.setprofile
+
+    def check(self, function: Any) -> None:
+        """Raises AssertionError for what was put in the place of the hidden test; nobody traces after it."""
+        self._trace(None)
+        self._profile(None)
+        function = getattr(function, "__func__", function)
+        if self.definition is None or self.definition.decorator_list:
+            function = self._unwrap(function)
+        if not (_is_plain(function) and function.__code__ in self._codes):
+            raise AssertionError("the test is not the hidden one any more")
+
+    def restore(self) -> None:
+        """Make unittest what it was."""
+        for kind, attributes, codes in self._originals:
+            for name in [name for name in vars(kind) if name not in attributes]:
+                delattr(kind, name)
+            for name, value in attributes.items():
+                if vars(kind).get(name) is not value:
+                    setattr(kind, name, value)
+            for function, code in codes:
+                if function.__code__ is not code:
+                    function.__code__ = code
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is types.FunctionType
 
 
 def _codes(code: types.CodeType) -> list[types.CodeType]:
@@ -167,14 +218,44 @@ def _codes(code: types.CodeType) -> list[types.CodeType]:
     return [code, *(deep for constant in inner for deep in _codes(constant))]
 
 
-def _fixtures(code: types.CodeType, is_method: bool) -> tuple[str, ...]:
-    return code.co_varnames[is_method : code.co_argcount]
+def _without_pytest(hidden: _Hidden) -> bool:
+    *outer, name = hidden.names
+    module = types.ModuleType(Path(hidden.path).stem)
+    module.__file__ = os.path.abspath(hidden.path)
+    sys.modules[module.__name__] = module
+    exec(hidden.code, module.__dict__)
+    holder: Any = module
+    for inner in outer:
+        holder = getattr(holder, inner)
+    if isinstance(holder, type) and issubclass(holder, unittest.TestCase):
+        return _unittest_passes(hidden, holder, name)
+    held = holder() if isinstance(holder, type) else holder
+    function = getattr(held, name)
+    fixtures = _fixtures(hidden.definition, held is not module)
+    given = {name: Path(tempfile.mkdtemp()) for name in fixtures}
+    _set_up(module, "setup_module", module)
+    if held is module:
+        _set_up(module, "setup_function", function)
+    else:
+        _set_up(holder, "setup_class", holder)
+        _set_up(held, "setup_method", function)
+    hidden.check(function)
+    if function(**given) is not None:
+        raise AssertionError("it returned something")
+    return True
 
 
-def _unittest_passes(kind: Any, name: str, codes: list[types.CodeType], originals: Any) -> bool:
-    _restore(originals)
-    if inspect.unwrap(getattr(kind, name)).__code__ not in codes:
-        raise AssertionError("the test is not the hidden one any more")
+def _set_up(holder: Any, name: str, argument: Any) -> None:
+    """Call what pytest calls before a test, with its one argument where it takes one."""
+    step = getattr(holder, name, None)
+    if step is not None:
+        taken = len(inspect.signature(step).parameters)
+        step(*[argument][:taken])
+
+
+def _unittest_passes(hidden: _Hidden, kind: Any, name: str) -> bool:
+    hidden.restore()
+    hidden.check(getattr(kind, name))
     result = unittest.TestResult()
     unittest.TestSuite([kind(name)]).run(result)
     bad = [*result.failures, *result.errors]
@@ -185,16 +266,7 @@ def _unittest_passes(kind: Any, name: str, codes: list[types.CodeType], original
     )
 
 
-def _restore(originals: Any) -> None:
-    for kind, attributes in originals:
-        for name in [name for name in vars(kind) if name not in attributes]:
-            delattr(kind, name)
-        for name, value in attributes.items():
-            if vars(kind).get(name) is not value:
-                setattr(kind, name, value)
-
-
-def _with_pytest(path: str, names: list[str], originals: Any) -> bool:
+def _with_pytest(hidden: _Hidden) -> bool:
     import pytest
 
     reports: list[Any] = []
@@ -208,15 +280,17 @@ def _with_pytest(path: str, names: list[str], originals: Any) -> bool:
             function = pyfuncitem.obj
             if inspect.iscoroutinefunction(function):
                 return None
-            given = pyfuncitem._fixtureinfo.argnames
-            function(**{name: pyfuncitem.funcargs[name] for name in given})
+            given = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+            hidden.check(function)
+            function(**given)
             called.append(True)
             return True
 
         @pytest.hookimpl(tryfirst=True)
         def pytest_runtest_call(self, item: Any) -> None:
-            _restore(originals)
+            hidden.restore()
             if type(item).__name__ == "TestCaseFunction":
+                hidden.check(getattr(item.cls, item.originalname or item.name))
                 called.append(True)
 
         def pytest_runtest_logreport(self, report: Any) -> None:
@@ -226,15 +300,15 @@ def _with_pytest(path: str, names: list[str], originals: Any) -> bool:
             if report.failed:
                 reports.append(report)
 
-    folders = (".", os.path.dirname(path))  # a conftest.py that is here is a hidden one: others were left out
-    is_hooked = any(os.path.exists(os.path.join(folder, "conftest.py")) for folder in folders)
-    arguments = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={os.getcwd()}"]
-    arguments += ["--import-mode=importlib", "-o", "addopts=", *([] if is_hooked else ["--noconftest"])]
+    arguments = ["-qq", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={os.getcwd()}"]
+    # Asserts are not rewritten: the code that runs is what the hidden file compiles to.
+    arguments += ["--import-mode=importlib", "--assert=plain", "-o", "addopts="]
+    arguments += [] if hidden.is_hooked else ["--noconftest"]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    node = "::".join([path, *names])
+    node = "::".join([hidden.path, *hidden.names])
     code = pytest.main([*arguments, node], plugins=[Watch()])
     bad = [report for report in reports if not report.passed or hasattr(report, "wasxfail")]
     if bad:
         raise AssertionError(str(bad[0].longreprtext)[-_MOST_TEXT:])
-    phases = [report.when for report in reports]
-    return int(code) == 0 and phases == ["setup", "call", "teardown"] and called == [True]
+    first, *calls, last = [report.when for report in reports]  # of subtests there are calls more
+    return int(code) == 0 and (first, {*calls}, last) == ("setup", {"call"}, "teardown") and called == [True]

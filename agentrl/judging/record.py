@@ -76,12 +76,16 @@ class Record:
     def _ran_s(self) -> float:
         return sum(result.wall_ms for result in self.results) / 1000
 
-    def add(self, result: ExecResult) -> ExecResult:
-        """Count a run of the solution. Raises SandboxLost where the world ended it."""
+    def add(self, result: ExecResult, *, expected: str = "") -> ExecResult:
+        """Count a run of the solution; ``expected``: what it is to print. Raises SandboxLost where the world
+        ended it."""
         if result.status == "lost":
             raise SandboxLost("a sandbox went away while a submission was judged in it")
         self.results.append(result)
-        self.flags |= {*result.flags, *_markers_in(result)}
+        self.flags |= {*result.flags}
+        printed = b"" if _MARKERS.search(expected.encode(errors="replace")) else result.stdout
+        if _MARKERS.search(printed) or _MARKERS.search(result.stderr):
+            self.flags.add("runner_markers")
         return result
 
     def settle(self, tests: Sequence[Test], result: ExecResult, *, garbled: bool = False) -> None:
@@ -177,8 +181,3 @@ def how_it_ended(result: ExecResult, verdict: Verdict) -> str:
 def signs_in(text: str) -> set[str]:
     """What stands in a submission that no honest one needs."""
     return {name for name, sign in _SIGNS.items() if sign.search(text)}
-
-
-def _markers_in(result: ExecResult) -> set[str]:
-    """What a submission's output gives away."""
-    return {"runner_markers"} if _MARKERS.search(result.stdout) or _MARKERS.search(result.stderr) else set()

@@ -1,10 +1,10 @@
 """The verdict on a workspace: hidden tests run over what an agent left, in fresh sandboxes.
 
-The agent's own sandbox must be dead by then, and only its regular files come here. Each hidden test file gets
-a fresh session, each of its tests a run of its own there, with the hidden files written anew: nothing that a
-test's process leaves running or changes in them reaches the next. Files that hook into Python or pytest are
-left out of the workspace and flagged, as is what stands in a file that no honest one needs. Test and solution
-share a process, which the Judgement says.
+The agent's own sandbox must be dead by then, and only its regular files come here. Each hidden test gets a
+fresh session: nothing that a test's process leaves running or writes reaches the next. Files that hook into
+Python or pytest, or that would be imported in the place of a hidden one, are left out of the workspace and
+flagged, as is what stands in a file that no honest one needs. Test and solution share a process, which the
+Judgement says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import PurePosixPath
 
-from agentrl.errors import BadData
+from agentrl.errors import BadConfig, BadData
 from agentrl.judging.comparing import Garbled
 from agentrl.judging.line import Line, python
 from agentrl.judging.record import Record, is_over_cpu
@@ -26,6 +26,8 @@ __all__ = ["judge_workspace_once"]
 # By name: what Python or pytest would load by itself; the compiled, which need not be what its source says.
 _HOOKS = frozenset({"conftest.py", "sitecustomize.py", "usercustomize.py"})
 _COMPILED = (".pyc", ".pyo", ".pth")
+_ROOT = {PurePosixPath()}
+_MODULES = (".py", ".so", ".pyd")
 
 
 def judge_workspace_once(
@@ -36,23 +38,21 @@ def judge_workspace_once(
     limits: Limits,
 ) -> Judgement:
     """Judge in fresh sandboxes. Raises SandboxLost, BadConfig for bad names, BadData for odd tests."""
-    placed, hooks = _placed(files, tests)
+    placed, flags = _placed(files, tests)
     expected = tuple(AssertTest(id=node, code="", trust="shared") for node in tests.expected)
     problem = Problem(tests=expected, entry_point="workspace")
     texts = [data.decode(errors="replace") for data in files.values()]
     record = Record("\n".join(texts), problem, open_sandbox, limits, stop_early=False)
-    record.flags |= {"hooks"} if hooks else set()
-    by_file: dict[str, list[AssertTest]] = {}
+    record.flags |= flags
     for test in expected:
-        by_file.setdefault(test.id.partition("::")[0], []).append(test)
-    for tests_of_file in by_file.values():
+        if record.is_late:
+            record.enter(test, "TLE", ran=False)
+            continue
         with closing(open_sandbox(limits)) as sandbox:
             if note := _place(sandbox, placed):
-                for test in tests_of_file:
-                    record.enter(test, "RE", note, ran=False)
+                record.enter(test, "RE", note, ran=False)
             else:
-                for test in tests_of_file:
-                    _grade(record, sandbox, test, tests.files)
+                _grade(record, sandbox, test, tests.files)
     return record.judgement()
 
 
@@ -66,18 +66,48 @@ def _place(sandbox: Sandbox, files: Mapping[str, bytes]) -> str:
     return ""
 
 
-def _placed(files: Mapping[str, bytes], tests: FileTests) -> tuple[dict[str, bytes], list[str]]:
-    """The agent's files that are taken along, and those that hook into what judges."""
+def _placed(files: Mapping[str, bytes], tests: FileTests) -> tuple[dict[str, bytes], set[str]]:
+    """The agent's files that are taken along, and flags for those that are not."""
     hidden = {check_path(path) for path in tests.files}
     folders = {folder for path in hidden for folder in path.parents}
-    placed, hooks = {}, []
+    placed: dict[str, bytes] = {}
+    flags = set()
     for name, data in files.items():
+        if _is_odd(name):
+            flags.add("odd_names")
+            continue
         path = check_path(name)
         if path.name in _HOOKS:
-            hooks.append(name)
+            flags.add("hooks")
+        elif _shadows(path, hidden, folders):
+            flags.add("shadows")
         elif not (path in hidden or path in folders or _lies_under(path, hidden) or path.suffix in _COMPILED):
             placed[name] = data
-    return placed, hooks
+    return placed, flags
+
+
+def _is_odd(name: str) -> bool:
+    """Whether an agent gave a file a name that none is written under; raises BadConfig for no such thing: one
+    that leads out of the workspace."""
+    try:
+        check_path(name)
+    except BadConfig:
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise
+        return True
+    return False
+
+
+def _shadows(path: PurePosixPath, hidden: set[PurePosixPath], folders: set[PurePosixPath]) -> bool:
+    """Whether an import of what is hidden would find an agent's file: a package before a module, a compiled
+    module before a source, a module before a folder without __init__.py, and in one, that."""
+    modules = {one.with_suffix("") for one in hidden if one.suffix == ".py"}
+    if any(parent in modules for parent in path.parents):
+        return True
+    if path in hidden or path.suffix not in _MODULES:
+        return False
+    stem = path.with_name(path.name.partition(".")[0])
+    return stem in modules or stem in folders or (stem.name == "__init__" and path.parent in folders - _ROOT)
 
 
 def _lies_under(path: PurePosixPath, hidden: set[PurePosixPath]) -> bool:
@@ -85,15 +115,13 @@ def _lies_under(path: PurePosixPath, hidden: set[PurePosixPath]) -> bool:
 
 
 def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[str, bytes]) -> None:
-    if record.is_late:
-        record.enter(test, "TLE", ran=False)
-        return
     outcome, garbled = "", False
+    sources = sorted(path for path in hidden if path.endswith(".py"))
 
     def talk(channel: Channel) -> None:
         nonlocal outcome, garbled
         try:
-            outcome = _outcome(Line(channel), test.id)
+            outcome = _outcome(Line(channel), test.id, sources)
         except Garbled:
             garbled = True
 
@@ -106,9 +134,9 @@ def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[s
     record.settle([test], result, garbled=garbled)
 
 
-def _outcome(line: Line, node: str) -> str:
+def _outcome(line: Line, node: str, sources: list[str]) -> str:
     """Raises BadData for a test that can't be run here, Garbled, Gone."""
-    line.send(["grade", node])
+    line.send(["grade", node, sources])
     said = line.receive()
     if said[0] == "unsupported":  # said before any of the agent's code is loaded
         raise BadData(

@@ -23,6 +23,7 @@ __all__ = ["Group", "expose", "words", "write"]
 
 _KILL_S = 10.0  # at most, from the signal until none is left
 _WAIT_S = 0.001  # between two looks
+_BUFFERS = 16 << 20  # bytes in the buffers of a v1 group's IP sockets
 _PLAIN = 3  # kills without stopping first; enough where pid 1 of a namespace is among them
 
 
@@ -270,7 +271,11 @@ class Group:
 
 
 def _limit_memory_v1(folder: Path, most: int) -> None:
-    """Memory, and memory with swap, which may at no time be less than memory alone."""
+    """Memory; the buffers of IP sockets, which are not charged to it; memory with swap, which may at no time
+    be less than memory alone."""
+    buffers = folder / "memory.kmem.tcp.limit_in_bytes"
+    if buffers.exists():  # a kernel without IP, or without this part of v1, has none
+        write(buffers, str(min(most, _BUFFERS) if most >= 0 else -1))
     limit, both = folder / "memory.limit_in_bytes", folder / "memory.memsw.limit_in_bytes"
     if not both.exists():
         write(limit, str(most))

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from agentrl.sandbox import ExecResult, Fault, Gone, Limits, Status, Talk
+from agentrl.sandboxing.inherited import keep, release
 
 __all__ = ["Clock", "Kept", "Pipes", "Pumped", "drive", "outcome", "refused"]
 
@@ -174,6 +175,7 @@ class _Pump:
         self._open = {pipes.stdin, pipes.stdout, pipes.stderr}
         self._pipes = pipes
         self._poll = select.poll()
+        keep(*self._open)
         for descriptor in self._open:
             os.set_blocking(descriptor, False)
         self._poll.register(pipes.stdout, select.POLLIN)
@@ -304,6 +306,7 @@ class _Pump:
         self._open.discard(descriptor)
         with contextlib.suppress(KeyError):
             self._poll.unregister(descriptor)
+        release(descriptor)
         os.close(descriptor)
 
     def drain(self) -> None:

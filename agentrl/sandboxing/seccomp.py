@@ -1,7 +1,7 @@
 """A system call filter for code that nobody trusts, as classic BPF, for x86_64 and aarch64.
 
 It is a deny list: what reaches into the kernel, the machine or other processes, and no ordinary program
-needs, fails with EPERM; sockets are those of local, IP and netlink families. CPython, numpy, multiprocessing
+needs, fails with EPERM; sockets are those of local and IP families. CPython, numpy, multiprocessing
 and subprocess run under it. Not covered: arguments that lie in memory, such as the names of files.
 """
 
@@ -81,10 +81,13 @@ _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
 # What makes a sandbox needs these, before it gives up every capability and so can't use them any more.
 _MAKING = frozenset({"mount", "umount2", "pivot_root", "chroot", "unshare", "setns", "sethostname"})
 _CLONE, _CLONE3, _IOCTL, _SOCKET, _SOCKETPAIR = (56, 220), (435, 435), (16, 29), (41, 198), (53, 199)
+_PRLIMIT = (302, 261)  # of another process: a limit that is below what it has used has the kernel kill it
 _NAMESPACES = 0x7E020000  # CLONE_NEWNS, CGROUP, UTS, IPC, USER, PID, NET
 _TERMINAL = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX type into somebody's terminal
-# AF_UNIX, AF_INET, AF_INET6, AF_NETLINK. Others have kernel bugs and, as AF_VSOCK, know no network namespace.
-_FAMILIES = (1, 2, 10, 16)
+# AF_UNIX, AF_INET, AF_INET6. Others have kernel bugs; AF_VSOCK knows no network namespace, and what lies in
+# the buffers of AF_NETLINK, with which a sandbox is made, is charged to no control group.
+_FAMILIES = (1, 2, 10)
+_NETLINK = 16
 _X32 = 0x40000000  # the bit of x86_64's other set of numbers
 
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, JMP|JSET|K, RET|K
@@ -128,9 +131,11 @@ def deny_list(machine: str = "", *, making: bool = False) -> bytes | None:
     program += _for(
         _IOCTL[at], [(_LOAD, 0, 0, _ARGUMENT_1), *_one_of(_TERMINAL, (_RETURN, 0, 0, _ERRNO | errno.EPERM))]
     )
+    program += _for(_PRLIMIT[at], [(_LOAD, 0, 0, _ARGUMENT_0), (_EQUAL, 1, 0, 0), refuse])
     unsupported = (_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT)
     for number in (_SOCKET[at], _SOCKETPAIR[at]):
-        allowed = _one_of(_FAMILIES, (_RETURN, 0, 0, _ALLOW))
+        families = (*_FAMILIES, _NETLINK) if making else _FAMILIES
+        allowed = _one_of(families, (_RETURN, 0, 0, _ALLOW))
         program += _for(number, [(_LOAD, 0, 0, _ARGUMENT_0), *allowed, unsupported])
     program.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from agentrl.sandbox import SandboxLost
+from agentrl.sandboxing.inherited import keep, release
 
 __all__ = ["ZygoteHandle", "ZygoteSettings"]
 
@@ -60,6 +61,7 @@ class ZygoteHandle:
             self._socket, self._process = _start()
         except OSError as error:
             raise SandboxLost(f"no zygote starts: {error}") from error
+        keep(self._socket.fileno())
         setup = {
             "sources": _sources(),
             "preload": list(settings.preload),
@@ -109,7 +111,11 @@ class ZygoteHandle:
     def close(self) -> None:
         """End it and with it all of its runs. Idempotent."""
         self._is_lost = True
-        self._socket.close()
+        if self._socket.fileno() >= 0:
+            release(self._socket.fileno())
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)  # whoever else has it
+            self._socket.close()
         try:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -118,9 +124,15 @@ class ZygoteHandle:
 
     def _ask_for(self, request: Mapping[str, object], descriptors: Sequence[int]) -> int:
         answer = self._ask(request, descriptors)
-        if not answer:
-            raise SandboxLost("a zygote answered without a descriptor")
+        if not answer:  # this process has no room for it, and what it stands for is out of reach
+            self._give_up()
+            raise SandboxLost("a zygote answered without a descriptor: raise the limit of open files")
         return answer[0]
+
+    def _give_up(self) -> None:
+        """End it, and with it what it began: what it says from now on may answer an earlier question."""
+        self._is_lost = True
+        self._process.kill()
 
     def _ask(self, request: Mapping[str, object], descriptors: Sequence[int]) -> list[int]:
         """The descriptors of its answer."""
@@ -132,13 +144,16 @@ class ZygoteHandle:
                 answer, received, _, _ = socket.recv_fds(
                     self._socket, _MOST_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
                 )
-            except OSError as error:  # a time-out is one, too: what comes later would answer another question
-                self._is_lost = True
+            except OSError as error:  # a time-out, say
+                self._give_up()
                 raise SandboxLost(f"the zygote does not answer: {error}") from error
+            except BaseException:  # a signal's handler raised
+                self._give_up()
+                raise
         if answer == b"ok":
             return received
         if not answer:
-            self._is_lost = True
+            self._give_up()
             raise SandboxLost("the zygote died")
         raise SandboxLost(answer.decode(errors="replace"))
 

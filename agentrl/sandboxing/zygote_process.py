@@ -39,8 +39,9 @@ _libc.mount.argtypes = (_text, _text, _text, _number, _text)
 _libc.prctl.argtypes = (ctypes.c_int, _number, _number, _number, _number)
 
 _NOSUID, _NODEV, _NOEXEC, _RDONLY, _REMOUNT, _BIND, _REC, _PRIVATE = 2, 4, 8, 1, 32, 4096, 16384, 1 << 18
-_NEW_NS, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
+_NEW_NS, _NEW_CGROUP, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
     0x20000,
+    0x2000000,
     0x4000000,
     0x8000000,
     0x10000000,
@@ -353,7 +354,7 @@ def _fail(run: Run, error: OSError) -> NoReturn:
 
 def _prepare(run: Run) -> None:
     """Namespaces, and in them what a run has of its own."""
-    _check(_libc.unshare(_NEW_NS | _NEW_IPC | _NEW_UTS | _NEW_NET), "unshare")
+    _check(_libc.unshare(_NEW_NS | _NEW_CGROUP | _NEW_IPC | _NEW_UTS | _NEW_NET), "unshare")
     _prctl(_SET_DUMPABLE, 1)  # else its own files in /proc are root's
     _write("proc/self/oom_score_adj", "1000")
     _prctl(_SET_DUMPABLE, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -47,6 +49,24 @@ _RIGHT = b"def total(prices):\n    return sum(prices)\n"
 def judge() -> Iterator[Judge]:
     with Judge(make_sandbox("process"), limits=_TRUSTED) as made:
         yield made
+
+
+@pytest.fixture(scope="module", params=["alone", "pytest"])
+def grader(request: pytest.FixtureRequest) -> Iterator[Judge]:
+    """A judge whose sandboxes have pytest, or not."""
+    packages = [sysconfig.get_path("purelib")] if request.param == "pytest" else []
+    backend = make_sandbox("zygote", packages=packages)
+    survey = backend.survey()
+    if not survey.available or survey.missing:
+        pytest.skip(f"no full zygote here: {survey.note} {dict(survey.missing)}")
+    with closing(backend), Judge(backend, limits=Limits(cpu_s=30, wall_s=60)) as made:
+        yield made
+
+
+def _graded(judge: Judge, files: Mapping[str, bytes], hidden: Mapping[str, bytes], *nodes: str) -> list[str]:
+    """The verdicts of ``nodes``."""
+    judgement = judge.judge_files(files, FileTests(files=hidden, expected=nodes))
+    return [outcome.verdict for outcome in judgement.outcomes]
 
 
 def _judged(judge: Judge, source: bytes, others: Mapping[str, bytes] = {}) -> Judgement:  # noqa: B006
@@ -204,3 +224,163 @@ def test_a_test_that_needs_pytest_says_so_where_there_is_none(judge: Judge, text
     else:
         with pytest.raises(BadData, match="install pytest"):
             judge.judge_files({}, tests)
+
+
+_GOOD, _BAD = b"def f(x):\n    return x + 1\n", b"def f(x):\n    return 0\n"
+_SIMPLE = {"test_a.py": b"import sol\n\ndef test_one():\n    assert sol.f(1) == 2\n"}
+
+
+@pytest.mark.parametrize("name", ["a\nb.py", "x" * 201, "caf\u00e9\u200b.py", "\udcff.py"])
+def test_an_odd_name_costs_an_agent_that_file_alone(judge: Judge, name: str) -> None:
+    tests = FileTests(files=_SIMPLE, expected=("test_a.py::test_one",))
+    judgement = judge.judge_files({"sol.py": _GOOD, name: b""}, tests)
+    assert (judgement.verdict, judgement.flags) == ("AC", ("odd_names",))
+
+
+@pytest.mark.parametrize(
+    "shadow",
+    ["helpers.py", "tests/helpers/__init__.py", "tests/helpers/inner.py", "tests.py", "tests/__init__.py"],
+)
+def test_what_hidden_tests_import_is_not_replaced_by_an_agents_file(grader: Judge, shadow: str) -> None:
+    test = b"from helpers import check\nimport sol\n\ndef test_one():\n    check(sol.f(1), 2)\n"
+    hidden = {"tests/test_a.py": test, "tests/helpers.py": b"def check(a, b):\n    assert a == b\n"}
+    fake = b"import sys\ndef check(a, b):\n    pass\nsys.modules['helpers'] = sys.modules[__name__]\n"
+    node = "tests/test_a.py::test_one"
+    assert _graded(grader, {"sol.py": _GOOD, shadow: fake}, hidden, node) == ["AC"]
+    assert _graded(grader, {"sol.py": _BAD, shadow: fake}, hidden, node) == ["WA"]
+
+
+def test_a_conftest_that_a_test_writes_is_not_the_next_ones(grader: Judge) -> None:
+    writes = b"""
+open("conf" + "test.py", "w").write(
+    "def pytest_collection_modifyitems(items):\\n    for item in items:\\n        item.obj = lambda: None\\n"
+)
+"""
+    hidden = {"test_a.py": _SIMPLE["test_a.py"] + b"\ndef test_two():\n    assert sol.f(2) == 3\n"}
+    nodes = ("test_a.py::test_one", "test_a.py::test_two")
+    assert _graded(grader, {"sol.py": writes + _BAD}, hidden, *nodes) == ["WA", "WA"]
+
+
+_UNITTEST = {
+    "test_a.py": b"""
+import unittest
+import sol
+
+class TestB(unittest.TestCase):
+    def test_case(self):
+        self.assertEqual(sol.f(1), 2)
+"""
+}
+_PROFILES = b"""
+import functools, sys
+def nothing(*a, **k): pass
+def profile(frame, event, argument):
+    if (event, frame.f_code.co_name) == ("return", "<module>"):
+        for name, thing in list(frame.f_globals.items()):
+            if name.startswith("test_"):
+                frame.f_globals[name] = functools.wraps(thing)(lambda: None)
+sys.setprofile(profile)
+"""
+
+
+@pytest.mark.parametrize(
+    ("attack", "hidden"),
+    [
+        (
+            b"try:\n    from _pytest.python import Function\n"
+            b"    Function.obj = property(lambda self: lambda **k: None)\nexcept ImportError:\n    pass\n",
+            _SIMPLE,
+        ),
+        (
+            b"import unittest\nunittest.TestSuite.run = lambda self, result, debug=False: "
+            b"setattr(result, 'testsRun', 1)\n",
+            _UNITTEST,
+        ),
+        (
+            b"import unittest\nunittest.TestCase.run.__code__ = (lambda self, result=None: None).__code__\n",
+            _UNITTEST,
+        ),
+        (
+            b"import contextlib, unittest.case\n@contextlib.contextmanager\ndef part(self, *a, **k):\n"
+            b"    try:\n        yield\n    except BaseException:\n        pass\n"
+            b"unittest.case._Outcome.testPartExecutor = part\n",
+            _UNITTEST,
+        ),
+        (_PROFILES, _SIMPLE),
+    ],
+    ids=["pytest's function", "a suite's run", "a case's code", "an outcome", "a profiler"],
+)
+def test_what_is_patched_from_within_is_undone_or_noticed(
+    grader: Judge, attack: bytes, hidden: Mapping[str, bytes]
+) -> None:
+    node = "test_a.py::test_one" if hidden is _SIMPLE else "test_a.py::TestB::test_case"
+    assert _graded(grader, {"sol.py": _GOOD}, hidden, node) == ["AC"]
+    assert _graded(grader, {"sol.py": attack + _BAD}, hidden, node) == ["WA"]
+
+
+_HONEST = {
+    "test_a.py": b"""
+import functools
+import unittest
+
+import sol
+from base import Shared
+
+def twice(function):
+    @functools.wraps(function)
+    def both(*given, **named):
+        function(*given, **named)
+        return function(*given, **named)
+    return both
+
+class TestB(unittest.TestCase):
+    def test_sub(self):
+        for number in (1, 2):
+            with self.subTest(number=number):
+                self.assertEqual(sol.f(number), number + 1)
+
+def setup_module(module):
+    module.one = 1
+
+@twice
+def test_decorated():
+    assert sol.f(one) == 2
+
+def test_default(number=2):
+    assert sol.f(number) == 3
+
+class TestSet:
+    @classmethod
+    def setup_class(cls):
+        cls.three = 3
+
+    def setup_method(self, method):
+        self.name = method.__name__
+
+    def test_method(self, tmp_path):
+        assert (tmp_path.is_dir(), self.name, sol.f(self.three)) == (True, "test_method", 4)
+
+class TestInherited(Shared):
+    pass
+""",
+    "base.py": b"import sol\n\nclass Shared:\n    def test_shared(self):\n        assert sol.f(5) == 6\n",
+}
+
+
+def test_what_honest_tests_do_is_run(grader: Judge) -> None:
+    names = (
+        "TestB::test_sub",
+        "test_decorated",
+        "test_default",
+        "TestSet::test_method",
+        "TestInherited::test_shared",
+    )
+    nodes = [f"test_a.py::{name}" for name in names]
+    assert _graded(grader, {"sol.py": _GOOD}, _HONEST, *nodes) == ["AC"] * 5
+    assert _graded(grader, {"sol.py": _BAD}, _HONEST, *nodes) == ["WA"] * 5
+
+
+def test_a_grader_raises_no_flag_over_a_right_workspace(grader: Judge) -> None:
+    tests = FileTests(files=_SIMPLE, expected=("test_a.py::test_one",))
+    judgement = grader.judge_files({"sol.py": _GOOD}, tests)
+    assert (judgement.verdict, judgement.flags) == ("AC", ())

@@ -36,6 +36,20 @@ _PROBLEM = Problem(
         ("~~~python\n```\n~~~", "```\n"),
         ("```python\n'```'\n```", "'```'\n"),
         ("<think>```python\nno\n```</think>\n```python\nyes\n```", "yes\n"),
+        ("1. So:\n\n   ```python\n   def f():\n       return 1\n   ```\n", "def f():\n    return 1\n"),
+        ("  ```python\n a\n   b\n```", "a\n b\n"),
+        *(
+            (f"```{label}\ncode\n```", "code\n")
+            for label in (
+                "python:sol.py",
+                "{python}",
+                "{.python .numberLines}",
+                "python3.11",
+                "Python title=a",
+            )
+        ),
+        ("```python-repl\n>>> 1\n```", ""),
+        ("```pytest\ncode\n```", ""),
         ("````python\n'''\n```\n'''\n````", "'''\n```\n'''\n"),
     ],
 )
