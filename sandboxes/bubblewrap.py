@@ -15,12 +15,12 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agentrl.errors import BadConfig, CannotWrite
+from agentrl.errors import CannotWrite
 from agentrl.sandbox import (
     ExecResult,
     Fault,
@@ -29,14 +29,18 @@ from agentrl.sandbox import (
     Status,
     Survey,
     Talk,
+    check_command,
     check_enforced,
     lowered,
 )
 from agentrl.sandboxing.beneath import read_beneath, unlock, write_beneath
-from agentrl.sandboxing.bwrap import SPARE_PIDS, Ended, Launcher, Running, View, find_programs, make_etc
+from agentrl.sandboxing.bwrap import SPARE_PIDS, Ended, Launcher, Running
+from agentrl.sandboxing.bwrap_view import View, find_programs, make_etc
 from agentrl.sandboxing.hierarchy import Hierarchy, find
-from agentrl.sandboxing.pump import Clock, Pumped, drive, outcome, overfull, refused
+from agentrl.sandboxing.private import private_folders
+from agentrl.sandboxing.pump import Pumped, outcome, overfull, refused
 from agentrl.sandboxing.seccomp import deny_list
+from agentrl.sandboxing.turns import Turn
 from agentrl.sandboxing.workdirs import WorkDir, make_folder, sweep
 
 __all__ = ["Bubblewrap"]
@@ -47,7 +51,7 @@ _UNLIMITED = Limits(
 _ENFORCED = {
     "wall_s": "killed from outside when the clock says so",
     "output_kib": "counted as it is read; killed at sixteen times that",
-    "files": "only /usr and a minimal /etc are seen, read-only",
+    "files": "only /usr and a minimal /etc are seen, read-only, and nothing of this library there",
     "processes": "a PID namespace for every run; no tracing",
     "network": "a network namespace for every run, with nothing in it",
     "environment": "started with none; nothing of the host's /proc is seen",
@@ -59,6 +63,7 @@ _NO_NAMESPACES = (
     "the container with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
 )
 _NO_SIZE = "a working directory of a given size needs a mount: run as root"
+_BATCH = 64 * os.sysconf("SC_PAGE_SIZE")  # that the kernel charges at once (MEMCG_CHARGE_BATCH)
 _sessions = itertools.count()
 
 
@@ -138,13 +143,16 @@ class Bubblewrap:
         try:
             folder = make_folder(self.name)
             make_etc(folder / "etc")
-            launcher = Launcher(programs, hierarchy)
+            (folder / "nothing").mkdir(mode=0o755)
+            launcher = Launcher(programs)
         except (OSError, CannotWrite) as error:
             return Survey(available=False, note=f"there is no folder or group for sandboxes: {error}"), None
         view = View(
             etc=folder / "etc",
             work=folder,
             folders=self._folders,
+            hidden=private_folders(),
+            nothing=folder / "nothing",
             path=self._path,
             size_mib=None,
             network=False,
@@ -173,7 +181,7 @@ class _Session:
         self._limits = limits
         self._on_close = on_close
         self._closing = threading.Event()
-        self._running = threading.Lock()
+        self._running = Turn()
         self._owner = _fresh_uid() if os.geteuid() == 0 else None
         with ExitStack() as undo:
             try:
@@ -203,9 +211,8 @@ class _Session:
         limits: Limits | None = None,
     ) -> ExecResult:
         """See :class:`agentrl.sandbox.Sandbox`."""
+        check_command(argv, stdin)
         allowed = lowered(self._limits, limits)
-        if not argv or argv[0][:1] in ("", "-"):
-            raise BadConfig(f"{list(argv)!r:.200} is no command: a program's name, then its arguments")
         asked = time.monotonic()
         with self._running:
             self._enter()
@@ -214,27 +221,34 @@ class _Session:
                     self.write(path, data)
             except OSError as error:  # what lies there, or how much, is the code's own doing
                 return refused(f"a file can't be written: {error}")
+            if argv[0][:1] in ("", "-"):  # an option of the shell's or bubblewrap's, perhaps
+                return refused("no program has a name that is empty or begins with '-'", exit_code=127)
             if not all(map(_can_be_passed, argv)):
                 return refused("a word has a NUL or no bytes, so that no command has it", exit_code=127)
             if not self._group.limit(allowed, spare_pids=SPARE_PIDS):
                 return overfull()
             self._group.begin()
-            try:
-                running = self._host.launcher.start(argv, self._view, group=self._group, owner=self._owner)
-            except OSError as error:
-                if error.errno == errno.E2BIG:
-                    return refused("the command is longer than the kernel takes")
-                raise SandboxLost(f"bubblewrap can't be started: {error}") from error
-            queue_ms = (time.monotonic() - asked) * 1000
-            return self._result(*self._drive(running, stdin, allowed), queue_ms=queue_ms)
+            with Running(self._group) as running:
+                try:
+                    running.start(self._host.launcher, argv, self._view, owner=self._owner)
+                except OSError as error:
+                    raise SandboxLost(f"bubblewrap can't be started: {error}") from error
+                queue_ms = (time.monotonic() - asked) * 1000
+                pumped = running.drive(stdin=stdin, limits=allowed, closing=self._closing)
+                ended = running.wait()
+            if ended.errno == errno.E2BIG:
+                return refused("the command is longer than the kernel takes")
+            return self._result(pumped, ended, limits=allowed, queue_ms=queue_ms)
 
     def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        return read_beneath(self._enter(), path, most_bytes=most_bytes)
+        with _room():
+            return read_beneath(self._enter(), path, most_bytes=most_bytes)
 
     def write(self, path: str, data: bytes) -> None:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        write_beneath(self._enter(), path, data, owner=self._owner)
+        with _room():
+            write_beneath(self._enter(), path, data, owner=self._owner)
 
     def close(self) -> None:
         """Kill what runs, then remove directory and group."""
@@ -253,25 +267,10 @@ class _Session:
         unlock(self._work.path)
         return self._work.path
 
-    def _drive(self, running: Running, stdin: bytes | Talk, limits: Limits) -> tuple[Pumped, Ended]:
-        has_group = self._host.hierarchy.version > 0
-        try:
-            if not has_group:
-                running.find_pid_1()
-            kill = self._group.kill if has_group else running.kill
-            clock = Clock(running.exited, cpu_s=self._group.cpu_s, kill=kill, closing=self._closing)
-            pumped = drive(running.pipes, clock, stdin=stdin, limits=limits)
-        finally:  # also where a talk raised
-            running.kill()
-            ended = running.wait()
-        if has_group:
-            ended = replace(ended, cpu_s=self._group.cpu_s(), peak_bytes=self._group.peak_bytes())
-        return pumped, ended
-
-    def _result(self, pumped: Pumped, ended: Ended, *, queue_ms: float) -> ExecResult:
+    def _result(self, pumped: Pumped, ended: Ended, *, limits: Limits, queue_ms: float) -> ExecResult:
         status: Status
         fault: Fault
-        if self._group.oom_kills():
+        if self._group.oom_kills() or (pumped.end == "exit" and _had_no_memory(ended, limits)):
             code, status, fault = -9, "memory", "policy"
         elif pumped.end != "exit":
             code, (status, fault) = -9, outcome(pumped.end, -9)
@@ -283,7 +282,8 @@ class _Session:
         elif pumped.stderr.data.startswith(b"bwrap: execvp "):
             code, status, fault = 127, "error", "policy"
         else:
-            raise SandboxLost(f"bubblewrap failed: {pumped.stderr.data.decode(errors='replace').strip()}")
+            said = os.strerror(ended.errno) if ended.errno else pumped.stderr.data.decode(errors="replace")
+            raise SandboxLost(f"bubblewrap failed: {said.strip()}")
         return ExecResult(
             status=status,
             fault=fault,
@@ -311,6 +311,25 @@ def _try_out(host: _Host) -> bool:
         return session.is_sized
     finally:
         session.close()
+
+
+def _had_no_memory(ended: Ended, limits: Limits) -> bool:
+    """Whether files left so little that bubblewrap failed: not all that the kernel then refuses is a kill."""
+    if limits.memory_mib is None or ended.code is not None or ended.own_code is None:
+        return False
+    is_stillborn = ended.own_code > 0 or not ended.has_begun
+    return is_stillborn and ended.peak_bytes >= int(limits.memory_mib * 2**20) - _BATCH
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """That this process has too many open files is nobody's doing inside. Raises SandboxLost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise SandboxLost(f"a sandbox's file can't be opened: {error}") from error
+        raise
 
 
 def _can_be_passed(word: str) -> bool:

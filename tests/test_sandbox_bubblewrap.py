@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,10 +129,20 @@ def test_a_program_that_is_not_there_is_the_policy_s_error(sandbox: Sandbox) -> 
         assert (result.status, result.fault, result.exit_code) == ("error", "policy", 127)
 
 
-@pytest.mark.parametrize("argv", [[], [""], ["-x"]])
-def test_what_is_no_command_is_refused(sandbox: Sandbox, argv: list[str]) -> None:
+@pytest.mark.parametrize("argv", [[""], ["-x"], ["--help"], ["./"], ["/etc/passwd"]])
+def test_a_name_that_no_program_has_is_the_policy_s_error(sandbox: Sandbox, argv: list[str]) -> None:
+    result = sandbox.run(argv)
+    assert (result.status, result.fault, result.exit_code) == ("error", "policy", 127)
+
+
+def test_what_is_no_command_is_refused(sandbox: Sandbox) -> None:
     with pytest.raises(BadConfig, match="is no command"):
-        sandbox.run(argv)
+        sandbox.run([])
+
+
+def test_a_pipe_that_nobody_reads_ends_its_writer_as_in_any_shell(sandbox: Sandbox) -> None:
+    result = sandbox.run(["sh", "-c", "yes | head -n 1"])
+    assert (result.stdout, result.stderr) == (b"y\n", b"")
 
 
 def test_a_word_with_a_nul_is_not_two_words_of_bubblewrap_s(sandbox: Sandbox) -> None:
@@ -166,6 +178,19 @@ def test_a_bug_in_a_talk_comes_out_and_the_next_run_is_well(sandbox: Sandbox) ->
     assert sandbox.run(["true"]).status == "ok"
 
 
+def test_a_run_within_its_own_run_is_told_that_it_cannot_be(sandbox: Sandbox) -> None:
+    def talk(channel: Channel) -> None:
+        with pytest.raises(BadConfig, match="within the talk"):
+            sandbox.run(["true"])
+
+    assert sandbox.run(["cat"], stdin=talk).status == "ok"
+
+
+def test_closing_within_its_own_run_is_told_that_it_cannot_be(sandbox: Sandbox) -> None:
+    with pytest.raises(BadConfig, match="within the talk"):
+        sandbox.run(["cat"], stdin=lambda _: sandbox.close())
+
+
 # -- limits --
 
 
@@ -186,6 +211,11 @@ def test_the_wall_clock_ends_what_ignores_every_signal(sandbox: Sandbox) -> None
     assert (result.status, result.fault, result.signal) == ("wall", "policy", 9)
     assert time.monotonic() - begun < 30
     assert not _processes("time.sleep(4712)")
+
+
+def test_the_dead_of_earlier_runs_do_not_count(sandbox: Sandbox) -> None:
+    few = replace(_LIMITS, pids=3)
+    assert {sandbox.run(["true"], limits=few).status for _ in range(30)} == {"ok"}
 
 
 def test_touched_memory_beyond_the_limit_is_memory(sandbox: Sandbox) -> None:
@@ -304,6 +334,25 @@ def test_less_memory_than_the_files_take_is_the_policys_and_changes_nothing(sand
     result = _python(sandbox, "pass", memory_mib=4, pids=4)
     assert (result.status, result.fault) == ("memory", "policy")
     assert _python(sandbox, _TEN_THREADS).status == "ok"
+
+
+def test_files_that_leave_no_memory_to_start_in_are_the_policys_and_nobody_elses(backend: Backend) -> None:
+    most = replace(_LIMITS, memory_mib=32, disk_mib=32)
+    full, other = backend.open(most), backend.open(_LIMITS)
+    try:
+        assert full.run(["head", "-c", "20M", "/dev/zero"], limits=most).status == "output"
+        assert full.run(["sh", "-c", "head -c 20M /dev/zero > big"]).status == "ok"
+        seen = []
+        for kib in range(0, 2400, 40):  # each fails at another step of bubblewrap's, or of who starts it
+            allowed = replace(most, memory_mib=20 + kib / 1024)
+            seen.append(full.run(["sh", "-c", "echo x >> small"], limits=allowed))
+            assert other.run(["true"]).status == "ok"
+        assert {(result.status, result.fault) for result in seen[:10]} == {("memory", "policy")}
+        assert {(result.status, result.fault) for result in seen} <= {("memory", "policy"), ("ok", "none")}
+        assert full.run(["cat", "small"]).status == "ok"
+    finally:
+        full.close()
+        other.close()
 
 
 _TEN_THREADS = """
@@ -514,6 +563,105 @@ def test_whoever_starts_bubblewraps_is_started_again(sandbox: Sandbox) -> None:
     assert (result.status, result.fault) == ("lost", "world")
     assert not _processes("sleep 4720")
     assert sandbox.run(["true"]).status == "ok"
+
+
+def test_an_interrupt_while_one_is_started_leaves_the_next_run_well(sandbox: Sandbox) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (starter,) = [path for path in _processes("bwrap_process.py") if _parent(path) == os.getpid()]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    os.kill(int(starter.name), signal.SIGSTOP)  # so that it comes in the midst of a request
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.run(["sleep", "4722"])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        with suppress(ProcessLookupError):
+            os.kill(int(starter.name), signal.SIGCONT)
+    for word in ("one", "two"):
+        assert _said(sandbox.run(["echo", word])) == word + "\n"
+    assert not _processes("sleep 4722")
+
+
+def test_a_thousand_open_files_more_change_nothing(sandbox: Sandbox) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 4096:
+        pytest.skip("fewer than 4096 files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 4096), limits[1]))
+    opened = []
+    try:
+        opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+        assert _said(sandbox.run(["cat"], stdin=b"heard")) == "heard"
+        assert _python(sandbox, "while True: pass", wall_s=0.5).status == "wall"
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_open_files_are_the_world_s_and_nothing_is_left(sandbox: Sandbox) -> None:
+    assert sandbox.run(["true"]).status == "ok"
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    ends = set()
+    for spare in range(20):
+        opened = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 40, limits[1]))
+        try:
+            with suppress(OSError):
+                while True:
+                    opened.append(os.open("/dev/null", os.O_RDONLY))
+            for _ in range(spare):
+                os.close(opened.pop())
+            ends.add(
+                sandbox.run(["sh", "-c", "test -e x && exec sleep 4723"], files={"x": b""}, limits=_SHORT)
+            )
+        except SandboxLost as error:
+            ends.add(type(error))
+        finally:
+            for descriptor in opened:
+                os.close(descriptor)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert not _processes("sleep 4723")
+        assert os.listdir("/proc/self/fd") == before, spare
+    assert {end if end is SandboxLost else end.status for end in ends} == {SandboxLost, "wall"}
+    assert sandbox.run(["true"]).status == "ok"
+
+
+_SHORT = replace(_LIMITS, wall_s=0.2)
+_FORKER = """
+import os, signal, sys, threading, time
+from agentrl.registry import make_sandbox
+from agentrl.sandbox import Limits
+backend = make_sandbox("bubblewrap")
+talks, reads = backend.open(Limits()), backend.open(Limits(wall_s=20))
+results, children = [], []
+def read():
+    results.append(reads.run(["sh", "-c", "sleep 1; wc -c"], stdin=bytes(1 << 20)))
+def talk(channel):
+    thread = threading.Thread(target=read)
+    thread.start()
+    time.sleep(0.5)
+    children.append(os.fork())
+    if not children[-1]:
+        time.sleep(60)
+        os._exit(0)
+    thread.join()
+begun = time.monotonic()
+talks.run(["cat"], stdin=talk)
+backend.close()
+print(results[0].status, results[0].stdout, time.monotonic() - begun < 15)
+os.kill(children[0], signal.SIGKILL)
+"""
+
+
+def test_a_fork_of_the_host_s_has_no_part_in_its_runs() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", _FORKER]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "ok b'1048576\\n' True\n", done.stderr
 
 
 _OWNER = """

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agentrl.sandboxing.private import private_folders
+
 __all__ = ["Bait", "baited", "children", "containers", "count_descriptors", "leftovers", "processes_marked"]
 
 _SECRET = "agentrl-secret-"  # begins every secret
@@ -47,7 +49,7 @@ class Bait:
             "pid_namespace": os.readlink(namespace) if namespace.is_symlink() else "",
             "home": str(self.home),
             "socket": str(self.home / "socket"),
-            "paths": [str(Path(__file__).parent.parent), str(Path.cwd())],
+            "paths": {path: _identity(path) for path in private_folders()},
             "port": self.port,
             "free_port": _free_port(),
             "abstract": self.abstract,
@@ -98,6 +100,12 @@ def baited() -> Iterator[Bait]:
             stop.set()
             for thread in threads:
                 thread.join()
+
+
+def _identity(path: str) -> list[int]:
+    """By which a folder is known wherever it is seen."""
+    status = os.stat(path)
+    return [status.st_dev, status.st_ino]
 
 
 def _restore(name: str, value: str | None) -> None:

@@ -121,8 +121,12 @@ for folder in ("/tmp", "/var/tmp", "/dev/shm", "/run", "/var/run", "/mnt", "/srv
         continue
     if [name for name in names if "agentrl" in name or "pytest" in name]:
         broke(f"{folder} has {names[:5]}")
-for path in FACTS["paths"]:
-    if os.path.exists(path):
+for path, identity in FACTS["paths"].items():
+    try:
+        status = os.stat(path)
+    except OSError:
+        continue
+    if [status.st_dev, status.st_ino] == identity:
         broke(f"{path} is there")
 done()
 """,

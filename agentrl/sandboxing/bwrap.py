@@ -1,18 +1,17 @@
-"""Starting bubblewrap: its arguments, its process, and how what it says of its end is read.
+"""Starting bubblewrap: its process, and how what it says of its end is read.
 
-It is started by a small process (``agentrl.sandboxing.bwrap_process``) with an empty environment, and waits
-for its arguments on a pipe, so that it is in its control group before it makes a process. Its pid 1 inside is
-under a filter too: whoever runs with the same uid may write its memory.
+It is started by a small process (``agentrl.sandboxing.bwrap_process``) in its control group, with an empty
+environment, and waits for its arguments on a pipe. Its pid 1 inside is under a filter too: whoever runs with
+the same uid may write its memory.
 """
 
 from __future__ import annotations
 
 import array
-import functools
+import errno
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,144 +21,27 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from agentrl.sandbox import Limits, SandboxLost
+from agentrl.sandbox import Limits, SandboxLost, Talk
 from agentrl.sandboxing import bwrap_process
 from agentrl.sandboxing.bwrap_process import ARGUMENTS, FILTER, REPLY, REQUEST, STATUS
-from agentrl.sandboxing.cgroups import Group, expose
-from agentrl.sandboxing.hierarchy import Hierarchy
-from agentrl.sandboxing.pump import Pipes
+from agentrl.sandboxing.bwrap_view import Programs, View, arguments_for
+from agentrl.sandboxing.cgroups import Group
+from agentrl.sandboxing.inherited import keep, release
+from agentrl.sandboxing.pump import Clock, Pipes, Pumped, drive
 from agentrl.sandboxing.seccomp import deny_list, telltale_filter
 
-__all__ = [
-    "SPARE_PIDS",
-    "UID",
-    "Ended",
-    "Launcher",
-    "Programs",
-    "Running",
-    "View",
-    "find_programs",
-    "make_etc",
-]
+__all__ = ["SPARE_PIDS", "Ended", "Launcher", "Running"]
 
-UID = 65534  # inside, of user and group; outside it is another
 SPARE_PIDS = 2  # bubblewrap and pid 1
-_UNLIMITED = Limits(cpu_s=None, memory_mib=None, pids=None)
 _PATIENCE_S = 20.0  # for bubblewrap to begin, or to be dead
+_END_S = 10.0  # for who starts bubblewraps to end after its socket
+_NONSENSE = b"--nonsense\0"  # an argument of which bubblewrap dies before it does anything
 # Where user namespaces can't be disabled inside, bubblewrap's own pid 1, which has the lesser filter, might
 # make one. A shell with the full filter is pid 1 then. exec, for no name to mean a builtin of the shell; a
 # subshell, for pid 1 to stay and collect the dead; its stderr elsewhere, since it would tell of signals.
 _SHELL = 'exec 3>&2 2>/dev/null; (exec 2>&3 3>&-; exec "$@"); exit $?'
-_PASSWD = f"root:x:0:0:root:/root:/bin/sh\nsandbox:x:{UID}:{UID}:sandbox:/work:/bin/sh\n"
-_GROUP = f"root:x:0:\nsandbox:x:{UID}:\n"
-_HOSTS = "127.0.0.1 localhost\n::1 localhost\n"
-_NSSWITCH = "passwd: files\ngroup: files\nhosts: files dns\n"
-_COPIED = ("ld.so.cache", "localtime", "alternatives", "mime.types", "protocols", "services")  # of /etc
-_FOR_NETWORK = ("resolv.conf", "ssl/certs", "pki/tls/certs")
-
-
-@dataclass(frozen=True, slots=True)
-class Programs:
-    """What is installed."""
-
-    bwrap: str
-    version: str
-    can_disable_userns: bool
-
-
-def find_programs() -> Programs | str:
-    """What is installed, or what to install."""
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        return "bubblewrap is not installed: apt install bubblewrap, or dnf install bubblewrap"
-    answers = [
-        subprocess.run([bwrap, option], capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
-        for option in ("--help", "--version")
-    ]
-    flags, version = answers[0].stdout + answers[0].stderr, answers[1].stdout.strip()
-    for flag in ("--clearenv", "--size", "--perms", "--json-status-fd", "--as-pid-1"):
-        if flag not in flags:
-            return f"{version} has no {flag}: install bubblewrap 0.5 or newer"
-    return Programs(bwrap, version, "--disable-userns" in flags)
-
-
-def make_etc(folder: Path) -> None:
-    """Fill the /etc that is seen inside: users, hosts, and the host's tables that programs need to start."""
-    folder.mkdir()
-    for name, text in {
-        "passwd": _PASSWD,
-        "group": _GROUP,
-        "hosts": _HOSTS,
-        "nsswitch.conf": _NSSWITCH,
-        "hostname": "sandbox\n",
-        "resolv.conf": "",
-    }.items():
-        (folder / name).write_text(text)
-    for name in ("ssl/certs", "pki/tls/certs"):
-        (folder / name).mkdir(parents=True)
-    for name in _COPIED:
-        source = Path("/etc") / name
-        with suppress(OSError):
-            if source.is_dir():
-                shutil.copytree(source, folder / name, symlinks=True)
-            elif source.is_file():
-                shutil.copyfile(source, folder / name)
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What is seen inside."""
-
-    etc: Path
-    work: Path
-    folders: tuple[str, ...]  # of the host, read-only, beside /usr
-    path: str
-    size_mib: float | None  # of /tmp and of /dev/shm
-    network: bool
-
-
-@functools.lru_cache(maxsize=1024)
-def _arguments(programs: Programs, view: View, *, is_filtered: bool) -> bytes:
-    sized = [] if view.size_mib is None else ["--size", str(max(int(view.size_mib * 2**20), 4096))]
-    environment = {"PATH": view.path, "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
-    arguments = [
-        *("--unshare-all", "--unshare-user", "--uid", str(UID), "--gid", str(UID)),
-        *(["--share-net"] if view.network else []),
-        *(["--disable-userns"] if programs.can_disable_userns else ["--as-pid-1"]),
-        *("--hostname", "sandbox", "--cap-drop", "ALL", "--new-session", "--die-with-parent"),
-        "--clearenv",
-        *(word for name, value in environment.items() for word in ("--setenv", name, value)),
-        *_system(view),
-        *("--proc", "/proc", "--tmpfs", "/proc/1", "--remount-ro", "/proc/1", "--dev", "/dev"),
-        *("--perms", "1777", *sized, "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
-        *("--perms", "1777", *sized, "--tmpfs", "/tmp"),
-        *("--bind", str(view.work), "/work", "--chdir", "/work", "--remount-ro", "/"),
-        *(["--seccomp", str(FILTER)] if is_filtered else []),
-        *("--json-status-fd", str(STATUS)),
-    ]
-    return b"".join(os.fsencode(argument) + b"\0" for argument in arguments)
-
-
-def _system(view: View) -> list[str]:
-    """What is bound of the host, all of it read-only."""
-    binds = ["--ro-bind", "/usr", "/usr", "--ro-bind", str(view.etc), "/etc"]
-    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
-        if os.path.islink(name):
-            binds += ["--symlink", os.readlink(name), name]
-        elif os.path.isdir(name):
-            binds += ["--ro-bind", name, name]
-    for folder in view.folders:
-        binds += ["--ro-bind", folder, folder]
-    if view.network:
-        for name in _FOR_NETWORK:
-            binds += ["--ro-bind-try", os.path.realpath(f"/etc/{name}"), f"/etc/{name}"]
-    return binds
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,65 +50,122 @@ class Ended:
 
     code: int | None  # of the command, in the shell's way; None: it did not end by itself, or never ran
     own_code: int | None  # bubblewrap's, or minus the signal that killed it; None: what started it is gone
+    has_begun: bool  # whether it got as far as a process in new namespaces
+    errno: int  # for which bubblewrap itself could not be executed; 0: for none
     cpu_s: float
     peak_bytes: int
 
 
 class Running:
-    """One bubblewrap, from its start until it is waited for."""
+    """One bubblewrap in ``group``, and our ends of its pipes; a context manager that kills and closes."""
 
-    def __init__(self, pid: int, pidfd: int, status: int, pipes: Pipes) -> None:
-        self.pid = pid
-        self.pipes = pipes
-        self.exited = pidfd
-        self._status = status
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._exited = -1  # bubblewrap's pidfd
+        self._pid_1 = -1  # a pidfd; without a group only
+        self._open: set[int] = set()
+        self._ours: list[int] = []  # by bubblewrap's number
         self._said = b""
-        self._pid_1: int | None = None  # a pidfd
 
-    def find_pid_1(self) -> None:
-        """Wait until it has begun, so that ``kill`` can do without a group. Raises SandboxLost."""
-        until = time.monotonic() + _PATIENCE_S
-        while b"\n" not in self._said and self._read(until):
-            continue
-        with suppress(ProcessLookupError):
-            pid = self._told().get("child-pid")
-            self._pid_1 = None if pid is None else os.pidfd_open(pid)
+    def start(self, launcher: Launcher, argv: Sequence[str], view: View, *, owner: int | None) -> None:
+        """Have ``argv`` started; ``owner``: the uid outside. Raises OSError, SandboxLost."""
+        theirs = []
+        for is_read in (True, False, False, True, True, False):  # by bubblewrap
+            read, write = os.pipe()
+            keep(read, write)
+            self._open |= {read, write}
+            self._ours.append(write if is_read else read)
+            theirs.append(read if is_read else write)
+        for end in theirs[:3] if owner else ():
+            os.fchown(end, owner or 0, owner or 0)  # so that it can be opened as /dev/stdin is
+        entrances = [str(path) for path in self._group.procs]
+        self._exited = launcher.ask(argv, theirs, uid=owner or 0, entrances=entrances)
+        self._shut(*theirs)
+        if self._exited < 0:
+            self._turn_away()
+            self.wait()
+            raise SandboxLost("a sandbox's process is out of reach: raise the limit of open files")
+        with suppress(BrokenPipeError):  # it died: its end says why
+            _feed(self._ours[FILTER], launcher.filter)
+            _feed(self._ours[ARGUMENTS], launcher.arguments(view))
+        self._shut(self._ours[ARGUMENTS], self._ours[FILTER])
 
-    def kill(self) -> None:
-        """Kill pid 1 and with it all processes inside, and bubblewrap. Raises SandboxLost."""
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.exited, signal.SIGKILL)
-        if self._pid_1 is None:
-            return
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pid_1, signal.SIGKILL)
-        # It ends when the last process of its namespace has.
-        if not select.select([self._pid_1], [], [], _PATIENCE_S)[0]:
-            raise SandboxLost("processes of a sandbox can't be killed: the kernel holds them")
+    def drive(self, *, stdin: bytes | Talk, limits: Limits, closing: threading.Event) -> Pumped:
+        """Until it is over and everything is dead. Raises SandboxLost."""
+        if not self._group.procs:
+            self._find_pid_1()
+        clock = Clock(self._exited, cpu_s=self._group.cpu_s, kill=self.kill, closing=closing)
+        streams = self._ours[:3]
+        self._open -= {*streams}  # closed by what follows
+        return drive(Pipes(*streams), clock, stdin=stdin, limits=limits)
 
     def wait(self) -> Ended:
         """What became of it, once it has ended. Raises SandboxLost."""
         until = time.monotonic() + _PATIENCE_S
-        try:
-            while self._read(until):
-                continue
-        finally:
-            for descriptor in (self._status, self.exited, self._pid_1):
-                if descriptor is not None:
-                    os.close(descriptor)
-        told = self._told()
+        while "own-code" not in (told := self._told()) and self._read(until):
+            continue
+        has_group = bool(self._group.procs)
         return Ended(
             code=told.get("exit-code"),
             own_code=told.get("own-code"),
-            cpu_s=told.get("cpu-s", 0.0),
-            peak_bytes=told.get("peak-bytes", 0),
+            has_begun="child-pid" in told,
+            errno=told.get("errno", 0),
+            cpu_s=self._group.cpu_s() if has_group else told.get("cpu-s", 0.0),
+            peak_bytes=self._group.peak_bytes() if has_group else told.get("peak-bytes", 0),
         )
+
+    def kill(self) -> None:
+        """Kill bubblewrap and with it all processes inside. Raises SandboxLost."""
+        for pidfd in (self._exited, self._pid_1):
+            if pidfd >= 0:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        # Pid 1 ends when the last process of its namespace has.
+        if self._pid_1 >= 0 and not _is_readable(self._pid_1, _PATIENCE_S):
+            raise SandboxLost("processes of a sandbox can't be killed: the kernel holds them")
+        self._group.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
+        try:
+            if kind is not None:
+                self._turn_away()
+                self.kill()
+        finally:
+            self._shut(*self._open)
+            for pidfd in (self._exited, self._pid_1):
+                if pidfd >= 0:
+                    os.close(pidfd)
+
+    def _turn_away(self) -> None:
+        """Where it waits for its arguments still it ends, even if it can't be killed."""
+        if len(self._ours) > ARGUMENTS and self._ours[ARGUMENTS] in self._open:
+            with suppress(OSError):
+                _feed(self._ours[ARGUMENTS], _NONSENSE)
+            self._shut(self._ours[ARGUMENTS])
+
+    def _find_pid_1(self) -> None:
+        """Wait until it has begun, so that ``kill`` can do without a group. Raises SandboxLost."""
+        until = time.monotonic() + _PATIENCE_S
+        while b"\n" not in self._said and self._read(until):
+            continue
+        pid = self._told().get("child-pid")
+        try:
+            self._pid_1 = -1 if pid is None else os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        except OSError as error:
+            raise SandboxLost(f"a sandbox's process is out of reach: {error}") from error
 
     def _read(self, until: float) -> bool:
         """More of what is said of it; False at the end. Raises SandboxLost."""
-        if not select.select([self._status], [], [], max(until - time.monotonic(), 0))[0]:
+        if not _is_readable(self._ours[STATUS], until - time.monotonic()):
+            if self._exited >= 0 and _is_readable(self._exited, 0):
+                return False  # who would have said more is gone, and a stranger has the pipe
             raise SandboxLost("bubblewrap neither begins nor ends: the machine is too busy")
-        data = os.read(self._status, 4096)
+        data = os.read(self._ours[STATUS], 4096)
         self._said += data
         return bool(data)
 
@@ -234,131 +173,142 @@ class Running:
         """What bubblewrap, then who started it, said in lines of JSON."""
         told: dict[str, Any] = {}
         for line in self._said.splitlines():
-            told.update(json.loads(line))
+            with suppress(ValueError):  # it was killed while it wrote that
+                told.update(json.loads(line))
         return told
+
+    def _shut(self, *descriptors: int) -> None:
+        self._open -= {*descriptors}
+        _close(*descriptors)
 
 
 class Launcher:
-    """Starts bubblewraps, through one process that is started when first needed. Safe to use from threads."""
+    """Has bubblewraps started by one process, which starts when first needed. Safe to use from threads."""
 
-    def __init__(self, programs: Programs, hierarchy: Hierarchy) -> None:
-        """Raises OSError where the process that starts them can't have a group."""
+    def __init__(self, programs: Programs) -> None:
+        self.filter = telltale_filter()
         self._programs = programs
-        self._is_born_inside = hierarchy.version == 1
-        self._home = hierarchy.make(_UNLIMITED) if self._is_born_inside else None
-        self._filter = telltale_filter()
         self._lock = threading.Lock()
         self._starter: tuple[int, socket.socket, subprocess.Popen[bytes]] | None = None
 
-    def start(self, argv: Sequence[str], view: View, *, group: Group, owner: int | None) -> Running:
-        """Start ``argv`` in ``group``; ``owner``: the uid outside. Raises OSError, SandboxLost."""
+    def arguments(self, view: View) -> bytes:
+        """For a bubblewrap that shows ``view``."""
+        return arguments_for(self._programs, view, is_filtered=bool(self.filter))
+
+    def ask(
+        self, argv: Sequence[str], descriptors: Sequence[int], *, uid: int, entrances: Sequence[str]
+    ) -> int:
+        """A bubblewrap that is to execute ``argv``: its pidfd, or -1 where there was no room for one.
+
+        ``descriptors``: it has these, in this order; ``entrances``: files of its control group. Raises
+        OSError, SandboxLost.
+        """
         if not self._programs.can_disable_userns:
             argv = ["/bin/sh", "-c", _SHELL, "sh", *argv]
-        command = [self._programs.bwrap, "--args", str(ARGUMENTS), "--", *argv]
-        pipes = [os.pipe() for _ in range(STATUS + 1)]
-        theirs = [ends[writes] for ends, writes in zip(pipes, (0, 1, 1, 0, 0, 1), strict=True)]
-        stdin, stdout, stderr, arguments, filter_, status = ours = [
-            ends[not writes] for ends, writes in zip(pipes, (0, 1, 1, 0, 0, 1), strict=True)
-        ]
-        try:
-            for end in theirs[:3] if owner else ():
-                os.fchown(end, owner or 0, owner or 0)  # so that it can be opened as /dev/stdin is
-            entrances = [str(path) for path in group.procs] if self._is_born_inside else []
-            pid, pidfd = self._ask([*entrances, *command], theirs, owner or 0, len(entrances))
-        except BaseException:
-            _close(ours)
-            raise
-        finally:
-            _close(theirs)
-        running = Running(pid, pidfd, status, Pipes(stdin, stdout, stderr))
-        try:
-            if self._is_born_inside:
-                expose(pid)
-            else:
-                group.enter(pid)
-            with suppress(BrokenPipeError):  # it died: its end says why
-                _feed(filter_, self._filter)
-                _feed(arguments, _arguments(self._programs, view, is_filtered=bool(self._filter)))
-        except OSError:
-            running.kill()
-            running.wait()
-            _close((stdin, stdout, stderr))
-            raise
-        finally:
-            _close((arguments, filter_))
-        return running
+        words = [*entrances, self._programs.bwrap, "--args", str(ARGUMENTS), "--", *argv]
+        data = b"".join(os.fsencode(word) + b"\0" for word in words)
+        with self._lock:
+            channel = self._channel()
+            try:
+                socket.send_fds(channel, [REQUEST.pack(uid, len(entrances), len(data))], descriptors)
+                channel.sendall(data)
+                number, pidfd = _reply(channel)
+            except OSError as error:
+                self._give_up()
+                raise SandboxLost(f"the process that starts bubblewraps is gone ({error})") from error
+            except BaseException:  # a signal's handler raised
+                self._give_up()
+                raise
+        if number:
+            raise OSError(number, os.strerror(number))
+        return pidfd
 
     def close(self) -> None:
         """End the process, and with it whatever it started that still runs. Idempotent."""
         with self._lock:
             starter, self._starter = self._starter, None
-        if starter is not None and starter[0] == os.getpid():
-            starter[1].close()
+        if starter is None or starter[0] != os.getpid():
+            return
+        _, channel, process = starter
+        with suppress(OSError):
+            channel.shutdown(socket.SHUT_RDWR)  # whoever else has it
+        _hang_up(channel)
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _channel(self) -> socket.socket:
+        """To the process, which is started where there is none. Raises OSError, SandboxLost."""
+        # Of a process that forked, it is the parent's; and somebody may have killed it.
+        if self._starter and (self._starter[0] != os.getpid() or self._starter[2].poll() is not None):
+            _hang_up(self._starter[1])
+            self._starter = None
+        if self._starter is None:
+            self._starter = _start_starter()
+        return self._starter[1]
+
+    def _give_up(self) -> None:
+        """End it, and with it what it began: what it says from now on may answer an earlier question."""
+        starter, self._starter = self._starter, None
+        if starter is not None:
+            starter[2].kill()
+            _hang_up(starter[1])
             starter[2].wait()
-        if self._home is not None:
-            self._home.close()
 
-    def _ask(
-        self, words: Sequence[str], descriptors: Sequence[int], uid: int, entrances: int
-    ) -> tuple[int, int]:
-        """Pid and pidfd."""
-        data = b"".join(os.fsencode(word) + b"\0" for word in words)
-        with self._lock:
-            # Of a process that forked, it is the parent's; and somebody may have killed it.
-            if not self._starter or self._starter[0] != os.getpid() or self._starter[2].poll() is not None:
-                if self._starter:
-                    self._starter[1].close()
-                self._starter = self._start_starter()
-            _, channel, process = self._starter
-            try:
-                socket.send_fds(channel, [REQUEST.pack(uid, entrances, len(data))], descriptors)
-                channel.sendall(data)
-                pid, pidfd = _reply(channel)
-            except OSError as error:
-                self._starter = None
-                channel.close()
-                process.kill()
-                process.wait()
-                raise SandboxLost(f"the process that starts bubblewraps is gone ({error})") from error
-        if pid < 0:
-            raise OSError(-pid, os.strerror(-pid))
-        return pid, pidfd
 
-    def _start_starter(self) -> tuple[int, socket.socket, subprocess.Popen[bytes]]:
-        channel, theirs = socket.socketpair()
+def _start_starter() -> tuple[int, socket.socket, subprocess.Popen[bytes]]:
+    """Our pid, our end of its socket, the process. Raises OSError, SandboxLost."""
+    filter_ = deny_list(making=True) or b""
+    channel, theirs = socket.socketpair()
+    keep(channel.fileno(), theirs.fileno())
+    process = None
+    try:
         channel.settimeout(_PATIENCE_S)
-        filter_ = deny_list(making=True) or b""
         script = [bwrap_process.__file__, str(theirs.fileno()), str(os.getpid()), filter_.hex()]
-        if self._home is not None:
-            script += [str(path) for path in self._home.procs]
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", *script],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={},
-                start_new_session=True,  # an interrupt from the terminal is for us alone
-                pass_fds=[theirs.fileno()],
-            )
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", *script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            start_new_session=True,  # an interrupt from the terminal is for us alone
+            pass_fds=[theirs.fileno()],
+        )
+        _hang_up(theirs)
         with suppress(OSError):
             if channel.recv(1) == b"+":
                 return os.getpid(), channel, process
-        channel.close()
         process.kill()
         raise SandboxLost(f"the process that starts bubblewraps ended with {process.wait()}")
+    except BaseException:
+        _hang_up(channel)
+        if process is not None:
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        _hang_up(theirs)
 
 
 def _reply(channel: socket.socket) -> tuple[int, int]:
-    """Pid and pidfd, or minus an errno. Raises OSError."""
+    """0 and a pidfd, -1 where there is no room for it; or an errno. Raises OSError."""
     room = socket.CMSG_SPACE(array.array("i").itemsize)
     data, attached, _, _ = channel.recvmsg(REPLY.size, room, socket.MSG_CMSG_CLOEXEC)
     if len(data) < REPLY.size:
-        raise ConnectionResetError("it closed its end")
+        raise ConnectionResetError(errno.ECONNRESET, "it closed its end")
     pidfds = array.array("i")
     for _, _, descriptors in attached:
         pidfds.frombytes(descriptors)
     return REPLY.unpack(data)[0], pidfds[0] if pidfds else -1
+
+
+def _is_readable(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read within that time, or an end; unlike select's, for any number."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(max(seconds, 0) * 1000))
 
 
 def _feed(pipe: int, data: bytes) -> None:
@@ -366,6 +316,13 @@ def _feed(pipe: int, data: bytes) -> None:
         data = data[os.write(pipe, data) :]
 
 
-def _close(descriptors: Sequence[int]) -> None:
+def _hang_up(channel: socket.socket) -> None:
+    if channel.fileno() >= 0:
+        release(channel.fileno())
+        channel.close()
+
+
+def _close(*descriptors: int) -> None:
+    release(*descriptors)
     for descriptor in descriptors:
         os.close(descriptor)

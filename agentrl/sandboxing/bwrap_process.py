@@ -1,19 +1,23 @@
 """The process that starts bubblewraps for a large one; it runs as a script, on the standard library alone.
 
 It is small, has one thread and few descriptors, so that starting is quick whatever its parent holds, and what
-it starts dies with it, as it does when its parent ends. Each is started under another uid, where this is
-root, with an empty environment, under limits of descriptors and core files and a system call filter that
-spares what bubblewrap itself needs.
+it starts dies with it, as it does when its parent ends. Each is started in its control group, under another
+uid where this is root, with an empty environment, under limits of descriptors and core files and a system
+call filter that spares what bubblewrap itself needs. No control group can have this process killed: it never
+enters one. What bubblewrap leaves unwaited for, its pid 1 inside, is waited for here: the host's init may
+take seconds, for which the dead count as processes of their group.
 """
 
 from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import json
 import os
 import resource
 import select
+import signal
 import socket
 import struct
 import sys
@@ -23,84 +27,108 @@ __all__ = ["ARGUMENTS", "FILTER", "REPLY", "REQUEST", "STATUS", "serve"]
 # uid, 0 for our own; how many of the words are files by which a group is entered, the rest is the command;
 # bytes of the words, each ended by NUL.
 REQUEST = struct.Struct("=III")
-REPLY = struct.Struct("=iI")  # pid, or minus an errno; with it, where there is a process, its pidfd
+REPLY = struct.Struct("=i")  # 0 with a pidfd, or an errno
 ARGUMENTS, FILTER, STATUS = 3, 4, 5  # descriptors of bubblewrap, after stdin, stdout and stderr
 _FREE = 10  # what comes over the socket is numbered from here
 _FILES = 1024  # open at once, by a process
-_SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 38, 22, 2  # of prctl
+_SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER, _SET_CHILD_SUBREAPER = 38, 22, 2, 36  # of prctl
 
 
-def serve(channel: socket.socket, parent: int, home: list[bytes]) -> None:
+def serve(channel: socket.socket, parent: int, children: int) -> None:
     """Start what is asked for until ``parent``, a pidfd, ends or the other end is closed.
 
-    ``home``: files by which this process returns to its own group, from that which it starts something in.
+    ``children``: a descriptor that has something to read when a child has ended.
     """
-    running: dict[int, tuple[int, int]] = {}  # by pidfd: pid, and where its end is told
+    running: dict[int, int] = {}  # by pid: where its end is told
     poll = select.poll()
-    for descriptor in (channel.fileno(), parent):
+    for descriptor in (channel.fileno(), parent, children):
         poll.register(descriptor, select.POLLIN)
     while True:
         for descriptor, _ in poll.poll():
             if descriptor == parent:
                 return
-            if descriptor == channel.fileno():
-                started = _start(channel, home)
-                if started is None:
-                    return
-                pidfd, pid, status = started
-                if pid > 0:
-                    running[pidfd] = pid, status
-                    poll.register(pidfd, select.POLLIN)
-            else:
-                poll.unregister(descriptor)
-                _tell_end(*running.pop(descriptor))
+            if descriptor == children:
+                os.read(children, 4096)
+                _collect(running)
+                continue
+            _collect(running)  # so that the dead of a group's last run do not count in this one
+            try:
+                pidfd, pid, status = _start(channel)
+            except EOFError:
+                return
+            except OSError as error:
+                channel.sendall(REPLY.pack(error.errno or errno.EIO))
+                continue
+            running[pid] = status
+            socket.send_fds(channel, [REPLY.pack(0)], [pidfd])
+            os.close(pidfd)
+
+
+def _start(channel: socket.socket) -> tuple[int, int, int]:
+    """Its pidfd, its pid, its status. Raises EOFError at the end of requests, OSError for one that fails."""
+    header, descriptors = _receive(channel)
+    kept: list[int] = []
+    try:
+        if len(header) < REQUEST.size:
+            raise EOFError
+        uid, entrances, size = REQUEST.unpack(header)
+        data = b""
+        while len(data) < size:
+            more = channel.recv(size - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        if len(descriptors) <= STATUS:  # there was no room for all
+            raise OSError(errno.EMFILE, "too many bubblewraps at once")
+        words = data.split(b"\0")[:-1]
+        descriptors += [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in words[:entrances]]
+        pid = os.fork()
+        if not pid:
+            _become(words[entrances:], uid=uid, descriptors=descriptors)
+        try:
+            _expose(pid)
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        kept = [descriptors[STATUS]]
+        return pidfd, pid, descriptors[STATUS]
+    finally:
+        for descriptor in descriptors:
+            if descriptor not in kept:
                 os.close(descriptor)
 
 
-def _start(channel: socket.socket, home: list[bytes]) -> tuple[int, int, int] | None:
-    """Its pidfd, its pid or minus an errno, its status; None at the end of requests."""
-    header, descriptors = _receive(channel)
-    if len(header) < REQUEST.size or len(descriptors) <= STATUS:
-        return None
-    uid, entrances, size = REQUEST.unpack(header)
-    data = b""
-    while len(data) < size:
-        more = channel.recv(size - len(data))
-        if not more:
-            return None
-        data += more
-    words = data.split(b"\0")[:-1]
-    group, command = words[:entrances], words[entrances:]
-    actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in enumerate(descriptors)]
+def _become(command: list[bytes], *, uid: int, descriptors: list[int]) -> None:
+    """In a process just forked: enter its group and execute ``command``, or say why not; and end.
+
+    ``descriptors``: first bubblewrap's, then those of files by which the group is entered. It moves itself,
+    which takes no time (``agentrl.sandboxing.cgroups``); where the group has no memory left, it alone is
+    killed. It does little in between: each page that it touches is copied.
+    """
     try:
-        _enter(group)
-        if uid:
-            os.setresgid(uid, uid, 0)
-            os.setresuid(uid, uid, 0)  # the saved one becomes uid as well when the child executes
-        pid = os.posix_spawn(command[0], command, {}, file_actions=actions)
-    except OSError as error:
-        pid = -(error.errno or 1)
-    finally:
-        if uid:
-            os.setresuid(0, 0, 0)
-            os.setresgid(0, 0, 0)
-        if group:
-            _enter(home)
-    pidfd = os.pidfd_open(pid) if pid > 0 else -1
-    for descriptor in descriptors[:STATUS] if pid > 0 else descriptors:
-        os.close(descriptor)
-    socket.send_fds(channel, [REPLY.pack(pid, 0)], [pidfd] if pid > 0 else [])
-    return pidfd, pid, descriptors[STATUS]
-
-
-def _enter(group: list[bytes]) -> None:
-    """What is started from here on is born in ``group``; to move it later would take much longer."""
-    for path in group:
-        file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
+        for file in descriptors[STATUS + 1 :]:
             os.write(file, b"0")
-        finally:
-            os.close(file)
+        for target, source in enumerate(descriptors[: STATUS + 1]):
+            os.dup2(source, target)
+        if uid:
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+        os.execve(command[0], command, {})
+    except OSError as error:
+        os.write(descriptors[STATUS], b'{"errno": %d}\n' % (error.errno or errno.EIO))
+    finally:
+        os._exit(1)
+
+
+def _expose(pid: int) -> None:
+    """Have it, and its children, killed before others where the machine lacks memory."""
+    file = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(file, b"1000")
+    finally:
+        os.close(file)
 
 
 def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
@@ -112,20 +140,41 @@ def _receive(channel: socket.socket) -> tuple[bytes, list[int]]:
     return header, list(descriptors)
 
 
-def _tell_end(pid: int, status: int) -> None:
-    """A line of JSON after bubblewrap's own."""
-    _, wait_status, usage = os.wait4(pid, 0)
-    end = {
-        "own-code": os.waitstatus_to_exitcode(wait_status),
-        "cpu-s": usage.ru_utime + usage.ru_stime,
-        "peak-bytes": usage.ru_maxrss * 1024,
-    }
-    try:
-        os.write(status, json.dumps(end).encode() + b"\n")
-    except BrokenPipeError:  # nobody cares
-        pass
-    finally:
-        os.close(status)
+def _collect(running: dict[int, int]) -> None:
+    """Wait for all that have ended; of bubblewraps say how, in a line of JSON after their own.
+
+    Of their own the last may be only half there.
+    """
+    while True:
+        try:
+            pid, wait_status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        status = running.pop(pid, None)
+        if status is None:
+            continue
+        end = {
+            "own-code": os.waitstatus_to_exitcode(wait_status),
+            "cpu-s": usage.ru_utime + usage.ru_stime,
+            "peak-bytes": usage.ru_maxrss * 1024,
+        }
+        try:
+            os.write(status, b"\n" + json.dumps(end).encode() + b"\n")
+        except BrokenPipeError:  # nobody cares
+            pass
+        finally:
+            os.close(status)
+
+
+def _hear_of_children() -> int:
+    """A descriptor that has something to read when a child has ended, or one that it left behind."""
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return read
 
 
 def _limit(filter_: bytes) -> None:
@@ -164,10 +213,12 @@ def _main() -> None:
     if os.geteuid() == 0:
         os.setgroups([])
     _limit(bytes.fromhex(sys.argv[3]))
-    home = [os.fsencode(path) for path in sys.argv[4:]]
-    _enter(home)
+    # Python ignores these, as would what is executed; a signal that is handled has its default there.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, lambda *_: None)
+    children = _hear_of_children()
     channel.sendall(b"+")
-    serve(channel, parent, home)
+    serve(channel, parent, children)
 
 
 if __name__ == "__main__":

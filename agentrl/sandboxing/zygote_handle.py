@@ -20,6 +20,7 @@ from pathlib import Path
 
 from agentrl.sandbox import SandboxLost
 from agentrl.sandboxing.inherited import keep, release
+from agentrl.sandboxing.private import private_folders
 
 __all__ = ["ZygoteHandle", "ZygoteSettings"]
 
@@ -66,6 +67,7 @@ class ZygoteHandle:
             "sources": _sources(),
             "preload": list(settings.preload),
             "packages": [os.path.realpath(folder) for folder in settings.packages],
+            "hidden": private_folders(),
             "seccomp": settings.seccomp.hex(),
         }
         host = -1

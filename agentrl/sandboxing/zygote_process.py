@@ -26,7 +26,7 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
@@ -39,15 +39,8 @@ _libc.mount.argtypes = (_text, _text, _text, _number, _text)
 _libc.prctl.argtypes = (ctypes.c_int, _number, _number, _number, _number)
 
 _NOSUID, _NODEV, _NOEXEC, _RDONLY, _REMOUNT, _BIND, _REC, _PRIVATE = 2, 4, 8, 1, 32, 4096, 16384, 1 << 18
-_NEW_NS, _NEW_CGROUP, _NEW_UTS, _NEW_IPC, _NEW_USER, _NEW_PID, _NEW_NET = (
-    0x20000,
-    0x2000000,
-    0x4000000,
-    0x8000000,
-    0x10000000,
-    0x20000000,
-    0x40000000,
-)
+_NEW_NS, _NEW_CGROUP, _NEW_UTS, _NEW_IPC = 0x20000, 0x2000000, 0x4000000, 0x8000000
+_NEW_USER, _NEW_PID, _NEW_NET = 0x10000000, 0x20000000, 0x40000000
 _DETACH = 2  # of umount2
 _PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _CAPBSET_DROP, _SET_NO_NEW_PRIVS, _CAP_AMBIENT = 1, 4, 22, 24, 38, 47
 _MOUNT_SETATTR = 442  # the same on every architecture
@@ -103,7 +96,7 @@ def live(setup: dict[str, Any]) -> list[str]:
     control = socket.socket(fileno=0)
     _, (host,), _, _ = socket.recv_fds(control, 16, 1, socket.MSG_CMSG_CLOEXEC)
     try:
-        _begin(setup["packages"])
+        _begin(setup["packages"], setup["hidden"])
         _load(setup["preload"])
     except (OSError, ImportError) as error:
         control.send(f"{type(error).__name__}: {error}".encode())
@@ -129,7 +122,7 @@ def _load(modules: Sequence[str]) -> None:
     gc.freeze()  # else a collection in a child would copy everything
 
 
-def _begin(packages: Sequence[str]) -> None:
+def _begin(packages: Sequence[str], hidden: Sequence[str]) -> None:
     """Give up what no run needs, and build the root that all runs see, read-only."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
@@ -144,7 +137,7 @@ def _begin(packages: Sequence[str]) -> None:
     if os.geteuid() != 0:
         _enter_user_namespace()
     _check(_libc.unshare(_NEW_NS), "unshare the mount namespace")
-    _build_root(packages)
+    _build_root(packages, hidden)
     _prctl(_SET_NO_NEW_PRIVS, 1)
     for capability in range(int(_read("proc/sys/kernel/cap_last_cap")) + 1):
         _prctl(_CAPBSET_DROP, capability)
@@ -166,7 +159,7 @@ def _enter_user_namespace() -> None:
     _prctl(_PDEATHSIG, signal.SIGKILL)
 
 
-def _build_root(packages: Sequence[str]) -> None:
+def _build_root(packages: Sequence[str], hidden: Sequence[str]) -> None:
     """The root becomes that of the runs; the working directory lies outside, with what is theirs alone."""
     folders = {}  # the interpreter's own, where they really are
     for name in ("bin", "lib", "lib64"):
@@ -194,6 +187,8 @@ def _build_root(packages: Sequence[str]) -> None:
         _show(real, at=folder)
     _fill_etc()
     _show_packages(packages)
+    shown = {"/usr": "/usr"} | {real: folder for folder, real in folders.items()}
+    _hide(hidden, shown | {folder: f"/packages/{number}" for number, folder in enumerate(packages)})
     if os.geteuid() == _ONLY_UID:
         _borrow_devices()
     _check(_libc.umount2(b"/old", _DETACH), "umount the old root")
@@ -232,12 +227,9 @@ def _show(folder: str, *, at: str = "") -> None:
 
 
 def _set_flags(target: str) -> bool:
-    recursive = 0x8000
     attributes = struct.pack("=4Q", _RDONLY | _NOSUID | _NODEV, 0, 0, 0)
-    result = _libc.syscall(
-        _MOUNT_SETATTR, -100, target.encode(), recursive, attributes, ctypes.c_size_t(len(attributes))
-    )
-    return bool(result == 0)
+    size, recursive = ctypes.c_size_t(len(attributes)), 0x8000
+    return bool(_libc.syscall(_MOUNT_SETATTR, -100, target.encode(), recursive, attributes, size) == 0)
 
 
 def _show_packages(packages: Sequence[str]) -> None:
@@ -248,9 +240,22 @@ def _show_packages(packages: Sequence[str]) -> None:
     lines = "".join(f"/packages/{number}\n" for number in range(len(packages)))
     _write("/new/packages/none/agentrl.pth", lines)
     for folder in site.getsitepackages():
-        if os.path.isdir(f"/new{folder}"):
-            _mount("/new/packages/none", f"/new{folder}", flags=_BIND)
-            _mount("none", f"/new{folder}", flags=_REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+        _cover(f"/new{folder}", "none")
+
+
+def _hide(hidden: Sequence[str], shown: Mapping[str, str]) -> None:
+    """Cover folders of the host with an empty one; ``shown``: real paths, and where in the root each is."""
+    os.mkdir("/new/packages/nothing")
+    for folder in hidden:
+        for real, seen in shown.items():
+            if folder.startswith(f"{real}/"):
+                _cover(f"/new{seen}{folder[len(real) :]}", "nothing")
+
+
+def _cover(folder: str, name: str) -> None:
+    if os.path.isdir(folder):
+        _mount(f"/new/packages/{name}", folder, flags=_BIND)
+        _mount("none", folder, flags=_REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
 
 
 # -- the loop --
