@@ -1,12 +1,13 @@
 """Containers of a Docker engine, each for one session: made when asked for, or ready before.
 
 Covered: everything of ``agentrl.sandbox``, by way of namespaces, cgroups, no network, a read-only root, sized
-tmpfs, no capability and an uid without rights. Files persist from run to run, because the container stays;
-its first process is ours (``agentrl.sandboxing.container_process``) and starts each run, so that a run costs
-a fork and no ``docker exec``. What a run leaves is killed by that process, which the policy's code can
-neither signal nor trace; where it does not answer, the container is killed through the engine and the session
-goes on with an empty one. A policy's code that brings its own container down has failed; it never counts as
-the world's failure. An engine that goes away always does.
+tmpfs, no capability and an uid of its own without rights. Files persist from run to run, because the
+container stays; its first process is ours (``agentrl.sandboxing.container_process``) and starts each run, so
+that a run costs a fork and no ``docker exec``. What a run leaves is killed by that process, which the
+policy's code can neither signal nor trace; where it does not answer, the container is killed through the
+engine and the session goes on with an empty one. A policy's code that brings its own container down has
+failed; it never counts as the world's failure. An engine that goes away always does, and so does a signal's
+handler that raises while a container's answer is awaited.
 
 Not covered: faults of the kernel, unless the engine has gVisor (``runtime="runsc"``); a disk limit lower than
 the session's for a single run, which is refused.
@@ -30,6 +31,7 @@ from agentrl.sandbox import (
     Status,
     Survey,
     Talk,
+    check_command,
     check_enforced,
     check_path,
     lowered,
@@ -39,6 +41,7 @@ from agentrl.sandboxing.container_link import Conversation, LinkClock, LinkLost
 from agentrl.sandboxing.container_meter import Usage
 from agentrl.sandboxing.container_pool import Crew, Pool
 from agentrl.sandboxing.pump import outcome, overfull, refused
+from agentrl.sandboxing.turns import Turn
 
 __all__ = ["Docker"]
 
@@ -56,7 +59,7 @@ _ENFORCED = {
     "output_kib": "counted as it is read",
     "files": "mount namespace, read-only root of the image",
     "processes": "PID namespace, one container for each session",
-    "privileges": "uid 65534, no capability, no-new-privileges, the engine's seccomp profile",
+    "privileges": "an uid of its own, no capability, no-new-privileges, seccomp",
     "network": "network namespace with nothing in it",
     "environment": "PID namespace; none of the host's variables is passed on",
     "survivors": "the PID namespace is emptied after each run, and ends with the session",
@@ -210,10 +213,10 @@ class _Session:
         self._engine, self._pool, self._limits = engine, pool, limits
         self._on_close = on_close
         self._closing = threading.Event()
-        self._running = threading.Lock()
+        self._running = Turn()
         asked = time.monotonic()
         self._container: Container | None = pool.take(Shape.of(limits))
-        self._is_lost = False  # by the world
+        self._is_lost = False  # by the world, or while it is not known how what began will end
         self._waited_s = time.monotonic() - asked  # for the container: of the first run's time in the queue
 
     def run(
@@ -225,6 +228,7 @@ class _Session:
         limits: Limits | None = None,
     ) -> ExecResult:
         """See :class:`agentrl.sandbox.Sandbox`."""
+        check_command(argv, stdin)
         allowed = lowered(self._limits, limits)
         for path in files or ():
             check_path(path)
@@ -236,6 +240,8 @@ class _Session:
                 for path, data in (files or {}).items():
                     self._write(container, path, data)
             except OSError as error:  # what lies there, or how much, is the code's own doing
+                if self._is_torn():
+                    raise
                 return refused(f"a file can't be written: {error}")
             container = self._standing()
             if not self._engine.update(container, memory_mib=allowed.memory_mib, pids=allowed.pids):
@@ -263,20 +269,24 @@ class _Session:
         """End what runs; the container goes with its connection, and is removed in the background."""
         self._closing.set()
         with self._running:
-            container, self._container = self._container, None
-            if container is not None:
-                self._pool.leave(container)
+            if self._container is not None:
+                self._pool.leave(self._container)
+                self._container = None
         self._on_close(self)
 
     def _standing(self) -> Container:
         """The session's container; an empty one where the policy's code brought the last down."""
         if self._closing.is_set():
             raise SandboxLost("this sandbox is closed: open another")
-        if self._is_lost:
+        if self._is_lost or self._is_torn():
             raise SandboxLost("the container of this sandbox was lost: open another")
         if self._container is None:
             self._container = self._pool.take(Shape.of(self._limits))
         return self._container
+
+    def _is_torn(self) -> bool:
+        """Whether an exception, as of a signal's handler, came between a question and its answer."""
+        return self._container is not None and self._container.link.is_torn
 
     def _write(self, container: Container, path: str, data: bytes) -> None:
         try:
@@ -289,15 +299,20 @@ class _Session:
         self, container: Container, argv: Sequence[str], *, stdin: bytes | Talk, limits: Limits, asked: float
     ) -> ExecResult:
         death: Death | None = None
+        is_cut = True  # by an exception
         with container.meter.watching() as before:
+            self._is_lost = True  # unless what follows comes to its end
             clock = LinkClock(lambda: container.meter.cpu_s() - before.cpu_s, self._closing)
             conversation = Conversation(container.link, clock, limits)
             try:
                 conversation.hold(argv, stdin=stdin, within_s=_ANSWER_S)
+                is_cut = container.link.is_torn
             finally:
                 conversation.finish()
-                if not conversation.is_dead:
-                    death = self._put_down(container, is_silent=conversation.lost is None)
+                if conversation.is_dead:
+                    self._is_lost = False
+                else:
+                    death = self._put_down(container, is_silent=conversation.lost is None, is_cut=is_cut)
         if death == "outside" and not conversation.began:
             raise SandboxLost(f"the container was lost before the command began: {conversation.lost}")
         try:
@@ -317,19 +332,20 @@ class _Session:
             ),
         )
 
-    def _put_down(self, container: Container, *, is_silent: bool) -> Death:
+    def _put_down(self, container: Container, *, is_silent: bool, is_cut: bool = False) -> Death:
         """Kill what can't be asked to do it, or is dead already; who brought that about."""
-        self._container = None
+        self._container, self._is_lost = None, True
         try:
             if is_silent:  # starved by what runs beside it
                 self._engine.remove(container.id)
-                death: Death = "inside"
+                death: Death = "outside" if is_cut else "inside"
             else:
                 death = self._engine.death(container) or "outside"
+            self._is_lost = death == "outside"
         except SandboxLost:
             death = "outside"
-        self._is_lost = death == "outside"
-        self._pool.leave(container)
+        finally:
+            self._pool.leave(container)
         return death
 
     def _bury(self, container: Container) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 
 import pytest
 from containers import LIMITS, changed, containers, docker, docker_backend, run_python, said
@@ -262,6 +264,86 @@ def test_a_bug_in_a_talk_comes_out_and_nothing_survives(shared: Sandbox) -> None
     assert said(shared, _PROCESSES) == ""
 
 
+@pytest.mark.parametrize("what", ["run", "read", "write", "close", "backend"])
+def test_a_talk_that_uses_its_own_sandbox_is_told_that_it_can_not(what: str) -> None:
+    with closing(docker_backend()) as own, closing(own.open(LIMITS)) as sandbox:
+        uses: dict[str, Callable[[], object]] = {
+            "run": lambda: sandbox.run(["true"]),
+            "read": lambda: sandbox.read("file"),
+            "write": lambda: sandbox.write("file", b""),
+            "close": sandbox.close,
+            "backend": own.close,
+        }
+        with pytest.raises(BadConfig, match="talk of its own run"):
+            sandbox.run(["sleep", "60"], stdin=lambda channel: uses[what]())
+        if what in ("run", "read", "write"):
+            assert sandbox.run(["echo", "on"]).stdout == b"on\n"
+
+
+def test_what_is_no_command_is_refused(shared: Sandbox) -> None:
+    for argv in ([], "true"):
+        with pytest.raises(BadConfig, match="is no command"):
+            shared.run(argv)
+
+
+# -- an exception of a signal's handler --
+
+
+@contextmanager
+def _frozen_and_interrupted(container: str) -> Iterator[None]:
+    """What asks the container within it is interrupted; then the container goes on."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    docker("pause", container)
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        timer.join()
+        with suppress(subprocess.CalledProcessError):  # it was removed
+            docker("unpause", container)
+        signal.signal(signal.SIGUSR1, before)
+
+
+_QUESTIONS: dict[str, Callable[[Sandbox], object]] = {
+    "read": lambda sandbox: sandbox.read("a"),
+    "write": lambda sandbox: sandbox.write("c", b"new"),
+    "file of a run": lambda sandbox: sandbox.run(["true"], files={"c": b"new"}),
+    "run": lambda sandbox: sandbox.run(["cat", "a"]),
+}
+
+
+@pytest.mark.parametrize("question", [*_QUESTIONS])
+def test_an_answer_that_was_not_waited_for_answers_no_other_question(question: str) -> None:
+    others = set(containers())
+    with closing(docker_backend()) as own, closing(own.open(LIMITS)) as sandbox:
+        (container,) = set(containers()) - others
+        for name in "ab":
+            sandbox.write(name, name.encode())
+        with _frozen_and_interrupted(container):
+            _QUESTIONS[question](sandbox)
+        time.sleep(0.2)  # for the answer to come
+        for use in (lambda: sandbox.read("b"), lambda: sandbox.run(["true"])):
+            with pytest.raises(SandboxLost, match="was lost"):
+                use()
+
+
+def test_a_run_that_is_interrupted_is_over_and_the_next_is_its_own(sandbox: Sandbox) -> None:
+    def interrupt(channel: Channel) -> None:
+        channel.receive(4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run(["sh", "-c", "echo one > file; echo one; sleep 60"], stdin=interrupt)
+    assert sandbox.read("file") == b"one\n"
+    assert sandbox.run(["echo", "two"]).stdout == b"two\n"
+
+
 # -- limits --
 
 
@@ -375,6 +457,17 @@ for folder, _, _ in os.walk("/"):
     assert [line for line in found if "wrote" in line] in ([], ["wrote to /dev/mqueue"])
 
 
+@pytest.mark.parametrize(("disk_mib", "kib"), [(1.5, 1536), (0.5, 512), (0.0001, 4)])
+def test_a_disk_may_be_a_fraction(backend: Backend, disk_mib: float, kib: int) -> None:
+    code = (
+        "import os\nfor p in ('/work', '/tmp', '/dev/shm'): s = os.statvfs(p); print(s.f_blocks * s.f_frsize)"
+    )
+    with closing(backend.open(changed(disk_mib=disk_mib, memory_mib=100.5))) as sandbox:
+        assert said(sandbox, code).split() == [str(kib << 10)] * 3
+        lower = changed(disk_mib=disk_mib, memory_mib=64.25)
+        assert sandbox.run(["true"], limits=lower).status == "ok"
+
+
 def test_a_disk_full_of_files_is_the_policys_and_files_still_come_out(sandbox: Sandbox) -> None:
     full = "open('kept', 'w').write('x')\n"
     full += "f = open('large', 'wb', buffering=0)\nwhile True: f.write(bytes(1 << 16))"
@@ -420,9 +513,10 @@ for path in ("/dev/mem", "/dev/kvm", "/dev/sda", "/run/docker.sock", "/var/run/d
 """
     lines = said(shared, code).splitlines()
     none = "0000000000000000"
+    uid = lines[0].split()[1]
+    assert int(uid) >= 1 << 12
     assert lines == [
-        "Uid 65534 65534 65534 65534",
-        "Gid 65534 65534 65534 65534",
+        *(f"{name} {uid} {uid} {uid} {uid}" for name in ("Uid", "Gid")),
         *(line for line in lines if line.startswith("Groups")),
         *(f"{name} {none}" for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")),
         "NoNewPrivs 1",
@@ -446,6 +540,44 @@ print("alive")
     result = run_python(shared, "import os; os.kill(-1, 9)")
     assert result.status in ("ok", "error")  # all others were killed, and there are none
     assert said(shared, "print('still there')") == "still there"
+
+
+def test_code_can_not_lower_the_limits_of_the_first_process_and_so_of_later_runs(sandbox: Sandbox) -> None:
+    lower = "import resource; resource.prlimit(1, resource.RLIMIT_STACK, (4096, 4096))"
+    assert b"PermissionError" in run_python(sandbox, lower).stderr
+    own = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99)); print('could')"
+    assert said(sandbox, own) == "could"
+    assert said(sandbox, "import resource; print(*resource.getrlimit(resource.RLIMIT_NOFILE))") == "1024 1024"
+
+
+_TAKE_ALL_PIPES = """
+import fcntl, os, time
+held = []
+try:
+    while len(held) < 400:
+        held += os.pipe()
+        fcntl.fcntl(held[-1], 1031, 1 << 20)  # F_SETPIPE_SZ
+except OSError as error:
+    print(error.errno, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_session_leaves_others_their_share_of_what_the_kernel_counts_by_user(backend: Backend) -> None:
+    sizes = []
+
+    def talk(channel: Channel) -> None:
+        assert channel.receive(10) == b"1\n"  # EPERM: its share is taken
+        code = "import fcntl, os; print(os.getuid(), fcntl.fcntl(os.pipe()[0], 1032))  # F_GETPIPE_SZ"
+        for _ in range(3):  # also of those kept ready
+            with closing(backend.open(LIMITS)) as other:
+                sizes.append(said(other, code).split())
+
+    with closing(backend.open(LIMITS)) as greedy:
+        greedy.run(["python3", "-c", _TAKE_ALL_PIPES], stdin=talk)
+        uids = {said(greedy, "import os; print(os.getuid())"), *(uid for uid, _ in sizes)}
+    assert [size for _, size in sizes] == ["65536"] * 3
+    assert len(uids) == 4
 
 
 def test_there_is_no_network(shared: Sandbox) -> None:
@@ -502,9 +634,8 @@ def test_what_a_run_leaves_is_dead_when_it_is_over(sandbox: Sandbox) -> None:
 
 # -- a container that is brought down --
 
-_END_THE_FIRST = """
-import os, resource
-resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))
+_PESTER_THE_FIRST = """
+import os
 while True: os.kill(1, 17)  # SIGCHLD: that it must look at
 """
 _STARVE_THE_FIRST = """
@@ -520,7 +651,7 @@ for place in ("/work", "/tmp", "/dev/shm"):
 """
 
 
-@pytest.mark.parametrize(("code", "wall_s"), [(_END_THE_FIRST, 30), (_STARVE_THE_FIRST, 3)])
+@pytest.mark.parametrize(("code", "wall_s"), [(_PESTER_THE_FIRST, 3), (_STARVE_THE_FIRST, 3)])
 def test_code_that_brings_its_container_down_has_failed(backend: Backend, code: str, wall_s: int) -> None:
     sandbox = backend.open(changed(pids=64))
     sandbox.write("file", b"")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from agentrl.registry import make, register
 from agentrl.rollout import EpisodePlan, Rollouts
 from agentrl.sandbox import Backend, SandboxLost
 from agentrl.sandboxing import container_meter
+from agentrl.sandboxing.container_engine import Shape
+from agentrl.sandboxing.container_pool import Crew, Pool
 from agentrl.types import Group, Trajectory
 
 # The SDK leaves the socket of a connection that is refused or breaks to the garbage collector.
@@ -259,6 +262,55 @@ def test_the_pool_hands_out_each_container_once() -> None:
             sandbox.close()
         other = pooled.open(changed(memory_mib=64))
         assert other.run(["python3", "-c", "x = bytearray(100 << 20)"]).status == "memory"
+
+
+def test_a_job_that_raises_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
+    crew, done = Crew(at_once=1), threading.Event()
+    for job in (lambda: 1 / 0, done.set):
+        crew.do(job)
+    begun = time.monotonic()
+    assert done.wait(20)
+    crew.join(begun + 20)
+    crew.do(done.clear)
+    crew.join(begun + 20)
+    assert not done.is_set()
+    assert time.monotonic() - begun < 10
+    assert told == [ZeroDivisionError]
+
+
+def test_a_container_whose_making_raises_is_made_later_and_holds_up_no_close(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(args.exc_type))
+
+    class Faulty:
+        def create(self, shape: Shape) -> Any:
+            made.append(shape)
+            if len(made) == 2:  # the one to be kept ready
+                raise ZeroDivisionError
+            link = SimpleNamespace(is_fresh=lambda: True, close=lambda: None)
+            return SimpleNamespace(id=str(len(made)), link=link)
+
+        def remove(self, name: str) -> None:
+            pass
+
+    made: list[Shape] = []
+    engine: Any = Faulty()
+    crew = Crew(at_once=2)
+    pool, shape = Pool(engine, crew, size=1), Shape.of(LIMITS)
+    begun = time.monotonic()
+    pool.take(shape)
+    crew.join(begun + 20)
+    assert (len(made), told) == (2, [ZeroDivisionError])
+    pool.take(shape)
+    crew.join(begun + 20)
+    assert len(made) == 4
+    pool.close()
+    crew.join(begun + 20)
+    assert time.monotonic() - begun < 10
 
 
 def test_closing_from_another_thread_ends_a_run_and_a_creation() -> None:

@@ -11,7 +11,9 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import os
+import random
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +37,12 @@ Death = Literal["memory", "inside", "outside"]
 
 _OWNER = "agentrl.sandbox.owner"  # labels
 _BACKEND = "agentrl.sandbox.backend"
-_USER = 65534
+# A user for each container, since the kernel counts pipes, inotify and more for each user of the host. An
+# engine in a user namespace of its own has 65,536 of them.
+_UIDS, _MAPPED_UIDS = range(1 << 20, 1 << 30), range(1 << 12, 60_000)
+_MIB = 1 << 20
+_LEAST_DISK = 1 << 12  # bytes, a page; to the kernel 0 is no limit, as are 0 inodes
+_LEAST_INODES = 16
 _FILES = 1024  # open ones of a process
 _INODES_PER_MIB = 256
 _FIRST_PROCESS_PIDS = 1
@@ -69,8 +76,7 @@ class Container:
     link: Link
     meter: Meter
     started: str  # on the engine's clock
-    memory_mib: int | None  # limits in force now
-    pids: int | None
+    limits: tuple[int | None, int | None] | None  # memory in MiB and pids in force; None: not known
 
 
 class Engine:
@@ -88,6 +94,7 @@ class Engine:
         self._patience_s = patience_s
         self._opened: Any = None
         self._opening = threading.Lock()
+        self._uids: range | None = None
         self._unsure: set[str] = set()  # names of containers that may be there
         self._me = f"{_machine()}:{this_process()}"
         self._name = f"{os.getpid()}-{next(_numbers)}-{os.urandom(4).hex()}"
@@ -146,6 +153,7 @@ class Engine:
                 self._unsure.discard(name)
 
     def _create(self, name: str, shape: Shape) -> Container:
+        uid = self._fresh_uid()
         with self._world("make a container"):
             client = self._client
             client.create_container(
@@ -154,12 +162,12 @@ class Engine:
                 entrypoint=["python3", "-I", "-S", "-c", inspect.getsource(container_process)],
                 command=[_filters()],
                 hostname="sandbox",
-                user=f"{_USER}:{_USER}",
+                user=f"{uid}:{uid}",
                 working_dir="/work",
                 stdin_open=True,
                 labels={_OWNER: self._me, _BACKEND: self._name},
                 healthcheck={"test": ["NONE"]},
-                host_config=self._host_config(shape),
+                host_config=self._host_config(shape, uid=uid),
             )
             # Before the start, so that nothing is missed. When this connection ends, so does the stdin of the
             # first process.
@@ -183,16 +191,24 @@ class Engine:
             link=link,
             meter=host_meter(found["State"]["Pid"], found["Id"]) or self._engine_meter(found),
             started=found["State"]["StartedAt"],
-            memory_mib=shape.memory_mib,
-            pids=shape.pids,
+            limits=(shape.memory_mib, shape.pids),
         )
 
-    def _host_config(self, shape: Shape) -> Any:
-        size = (
-            f",size={shape.disk_mib}m,nr_inodes={shape.disk_mib * _INODES_PER_MIB}" if shape.disk_mib else ""
-        )
-        options = f"rw,exec,nosuid,nodev,mode=0700,uid={_USER},gid={_USER}{size}"
-        memory = f"{shape.memory_mib}m" if shape.memory_mib is not None else None
+    def _fresh_uid(self) -> int:
+        if self._uids is None:
+            kinds = " ".join(self.info().get("SecurityOptions") or ())
+            is_mapped = "name=rootless" in kinds or "name=userns" in kinds
+            self._uids = _MAPPED_UIDS if is_mapped else _UIDS
+        return random.SystemRandom().choice(self._uids)
+
+    def _host_config(self, shape: Shape, *, uid: int) -> Any:
+        disk, size = None, ""
+        if shape.disk_mib is not None:
+            disk = max(math.ceil(shape.disk_mib * _MIB), _LEAST_DISK)
+            inodes = max(math.ceil(shape.disk_mib * _INODES_PER_MIB), _LEAST_INODES)
+            size = f",size={disk},nr_inodes={inodes}"
+        options = f"rw,exec,nosuid,nodev,mode=0700,uid={uid},gid={uid}{size}"
+        memory = math.ceil(shape.memory_mib * _MIB) if shape.memory_mib is not None else None
         Ulimit = self._sdk.types.Ulimit
         return self._client.create_host_config(
             auto_remove=True,  # also where nobody is left to do it
@@ -204,11 +220,11 @@ class Engine:
             memswap_limit=memory,
             network_mode=None if shape.network else "none",
             oom_score_adj=1000,
-            pids_limit=shape.pids + _FIRST_PROCESS_PIDS if shape.pids is not None else None,
+            pids_limit=int(shape.pids) + _FIRST_PROCESS_PIDS if shape.pids is not None else None,
             read_only=True,
             runtime=self._runtime,
             security_opt=["no-new-privileges:true"],
-            shm_size=f"{shape.disk_mib}m" if shape.disk_mib else None,
+            shm_size=disk,
             tmpfs={"/work": options, "/tmp": options},
             ulimits=[
                 Ulimit(name="nofile", soft=_FILES, hard=_FILES),
@@ -218,13 +234,14 @@ class Engine:
 
     def update(self, container: Container, *, memory_mib: int | None, pids: int | None) -> bool:
         """Set other limits; False where more is in use than that."""
-        if (memory_mib, pids) == (container.memory_mib, container.pids):
+        if container.limits == (memory_mib, pids):
             return True
-        memory = memory_mib * 1024 * 1024 if memory_mib is not None else -1
+        container.limits = None  # until the engine has answered
+        memory = math.ceil(memory_mib * _MIB) if memory_mib is not None else -1
         wanted = {
             "Memory": memory,
             "MemorySwap": memory,
-            "PidsLimit": pids + _FIRST_PROCESS_PIDS if pids is not None else -1,
+            "PidsLimit": int(pids) + _FIRST_PROCESS_PIDS if pids is not None else -1,
         }
         with self._world("set limits"):
             place = f"{self._client.base_url}/v{self._client.api_version}/containers/{container.id}/update"
@@ -232,7 +249,7 @@ class Engine:
             if answer.status_code == 500 and any(words in answer.text for words in _MEMORY_REFUSED):
                 return False
             answer.raise_for_status()
-        container.memory_mib, container.pids = memory_mib, pids
+        container.limits = (memory_mib, pids)
         return True
 
     def remove(self, name: str) -> None:

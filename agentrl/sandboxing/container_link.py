@@ -20,7 +20,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from agentrl.sandbox import Gone, Limits, Talk
@@ -53,6 +54,7 @@ class Link:
     def __init__(self, stream: socket.socket, *, owner: object = None) -> None:
         stream.setblocking(False)
         self.complaint = b""  # the last of what the first process printed on its own stderr
+        self.is_torn = False  # an exception came between: what is heard next may answer another question
         self._socket = stream
         self._owner = owner  # what would close the stream if it were collected
         self._unsent = bytearray()
@@ -69,9 +71,10 @@ class Link:
 
     def post(self, kind: bytes, data: bytes | memoryview = b"") -> None:
         """Send a frame, as far as there is room now; ``wait`` sends the rest. Raises LinkLost."""
-        self._unsent += first.HEADER.pack(kind, len(data))
-        self._unsent += data
-        self._flush()
+        with self._whole():
+            self._unsent += first.HEADER.pack(kind, len(data))
+            self._unsent += data
+            self._flush()
 
     def take(self) -> Frame | None:
         """The next frame that has come."""
@@ -87,8 +90,9 @@ class Link:
             pass  # read from the network already, so that no poll tells of it
         elif not self._poll.poll(max(patience_s, 0) * 1000):
             return
-        self._flush()
-        self._receive()
+        with self._whole():
+            self._flush()
+            self._receive()
 
     def hear(self, kinds: Sequence[bytes], *, within_s: float) -> Frame:
         """The next frame, which is one of ``kinds``. Raises LinkLost, also where it takes too long."""
@@ -103,30 +107,34 @@ class Link:
 
     def read(self, path: str, *, most_bytes: int, within_s: float) -> bytes:
         """A file's content. Raises OSError and LinkLost."""
-        self.post(first.READ, json.dumps([path, most_bytes]).encode())
-        data = bytearray()
-        while True:
-            kind, more = self.hear((first.DATA, first.DONE, first.FAILED), within_s=within_s)
-            if kind == first.FAILED:
-                raise _failure(more, path)
-            if kind == first.DONE:
-                return bytes(data)
-            data += more
-            if len(data) > most_bytes:
-                raise LinkLost("the container's first process sent more than it was asked for")
+        wanted, data = json.dumps([path, most_bytes]).encode(), bytearray()
+        with self._whole():
+            self.post(first.READ, wanted)
+            while True:
+                kind, more = self.hear((first.DATA, first.DONE, first.FAILED), within_s=within_s)
+                if kind != first.DATA:
+                    break
+                data += more
+                if len(data) > most_bytes:
+                    raise LinkLost("the container's first process sent more than it was asked for")
+        if kind == first.FAILED:
+            raise _failure(more, path)
+        return bytes(data)
 
     def write(self, path: str, data: bytes, *, within_s: float) -> None:
         """Write a file. Raises OSError and LinkLost."""
         until = time.monotonic() + within_s
-        self.post(first.WRITE, path.encode())
-        for start in range(0, len(data), first.CHUNK):
-            self.post(first.INPUT, memoryview(data)[start : start + first.CHUNK])
-            while not self.is_sent and not self._frames:
-                if time.monotonic() >= until:
-                    raise LinkLost(f"the container's first process took no file in {within_s:g} s")
-                self.wait(until - time.monotonic())
-        self.post(first.END)
-        kind, more = self.hear((first.DONE, first.FAILED), within_s=within_s)
+        name, content = path.encode(), memoryview(data)
+        with self._whole():
+            self.post(first.WRITE, name)
+            for start in range(0, len(content), first.CHUNK):
+                self.post(first.INPUT, content[start : start + first.CHUNK])
+                while not self.is_sent and not self._frames:
+                    if time.monotonic() >= until:
+                        raise LinkLost(f"the container's first process took no file in {within_s:g} s")
+                    self.wait(until - time.monotonic())
+            self.post(first.END)
+            kind, more = self.hear((first.DONE, first.FAILED), within_s=within_s)
         if kind == first.FAILED:
             raise _failure(more, path)
 
@@ -141,6 +149,17 @@ class Link:
         self._socket.close()
         if isinstance(self._owner, io.IOBase):
             self._owner.close()
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Tears the link where anything but LinkLost comes out, as from a signal's handler."""
+        was_torn, self.is_torn = self.is_torn, True
+        try:
+            yield
+        except LinkLost:
+            self.is_torn = was_torn
+            raise
+        self.is_torn = was_torn
 
     def _flush(self) -> None:
         try:
@@ -261,8 +280,8 @@ class Conversation:
             self._wall_s = time.monotonic() - self.began if self.began else 0.0
 
     def finish(self) -> None:
-        """Have everything killed and hear the last of it."""
-        if self.lost is not None:
+        """Have everything killed and hear the last of it, where there is a link for that."""
+        if self.lost is not None or self._link.is_torn:
             return
         until = time.monotonic() + _KILL_S
         try:

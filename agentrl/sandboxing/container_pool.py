@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from agentrl.errors import BadConfig
 from agentrl.sandbox import SandboxLost
@@ -30,33 +31,52 @@ class Crew:
     def __init__(self, *, at_once: int) -> None:
         self._at_once = at_once
         self._jobs: deque[Callable[[], None]] = deque()
-        self._working = 0
+        self._threads: set[threading.Thread] = set()
         self._changed = threading.Condition()
 
-    def do(self, job: Callable[[], None]) -> None:
-        """Have it done."""
+    def do(self, *jobs: Callable[[], None]) -> None:
+        """Have them done."""
         with self._changed:
-            self._jobs.append(job)
-            if self._working < self._at_once:
-                self._working += 1
-                threading.Thread(target=self._work, name="agentrl-docker").start()
+            self._jobs += jobs
+            for _ in jobs:
+                if len(self._threads) < self._at_once:
+                    self._start()
 
     def join(self, until: float, *, most: int = 0) -> None:
         """Wait until at most ``most`` jobs are waiting or being done."""
         with self._changed:
             self._changed.wait_for(
-                lambda: len(self._jobs) + self._working <= most, max(until - time.monotonic(), 0)
+                lambda: len(self._jobs) + len(self._threads) <= most, max(until - time.monotonic(), 0)
             )
 
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._work, name="agentrl-docker")
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except BaseException:  # no room for one, or a signal's handler
+            self._threads.discard(thread)
+            raise
+
     def _work(self) -> None:
-        while True:
+        """Until nothing is left. What a job raises ends this thread, which says so; another goes on."""
+        try:
+            while (job := self._next()) is not None:
+                job()
+        finally:
             with self._changed:
+                self._threads.discard(threading.current_thread())
                 self._changed.notify_all()
-                if not self._jobs:
-                    self._working -= 1
-                    return
-                job = self._jobs.popleft()
-            job()
+                if self._jobs and len(self._threads) < self._at_once:
+                    self._start()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._changed.notify_all()
+            if self._jobs:
+                return self._jobs.popleft()
+            self._threads.discard(threading.current_thread())  # before a job comes that nobody would do
+            return None
 
 
 class Pool:
@@ -141,17 +161,19 @@ class Pool:
                 dropped += self._ready.popitem(last=False)[1]
             lacking = self._size - len(ready) - self._coming.get(shape, 0)
             self._coming[shape] = self._coming.get(shape, 0) + max(lacking, 0)
+        self._crew.do(*[partial(self._fill, shape)] * lacking)
         for container in dropped:
             self.leave(container)
-        for _ in range(lacking):
-            self._crew.do(lambda: self._fill(shape))
 
     def _fill(self, shape: Shape) -> None:
         container = None
-        with suppress(SandboxLost, BadConfig):  # whoever needs one learns of it
-            container = self._make(shape)
+        try:
+            with suppress(SandboxLost, BadConfig):  # whoever needs one learns of it
+                container = self._make(shape)
+        finally:
+            with self._lock:
+                self._coming[shape] -= 1
         with self._lock:
-            self._coming[shape] -= 1
             ready = self._ready.get(shape)
             if container is not None and ready is not None and not self._is_closed:
                 ready.append(container)

@@ -52,7 +52,7 @@ def test_a_file_that_can_t_be_written_is_the_policy_s_error() -> None:
     def write(path: str, data: bytes, *, within_s: float) -> None:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
-    container: Any = SimpleNamespace(link=SimpleNamespace(write=write))
+    container: Any = SimpleNamespace(link=SimpleNamespace(write=write, is_torn=False))
     pool: Any = SimpleNamespace(take=lambda shape: container, leave=lambda container: None)
     engine: Any = None
     session = _Session(engine, pool, Limits(), on_close=lambda session: None)
