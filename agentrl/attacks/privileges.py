@@ -179,6 +179,7 @@ for path in ("/proc/sys/kernel/core_pattern", "/proc/sys/kernel/modprobe", "/pro
     "/proc/sys/vm/drop_caches",
              "/proc/sys/fs/binfmt_misc/register", "/sys/kernel/uevent_helper", "/proc/sys/kernel/hostname",
              "/proc/sys/kernel/yama/ptrace_scope", "/proc/sys/net/ipv4/ip_forward",
+             "/proc/sys/kernel/pid_max", "/proc/sys/kernel/shmmax", "/proc/sys/fs/mqueue/msg_max",
              "/proc/sys/user/max_user_namespaces", "/sys/power/state",
                  "/proc/irq/default_smp_affinity"):
     attempt(f"{path} opened to write", lambda path=path: os.open(path, os.O_WRONLY))

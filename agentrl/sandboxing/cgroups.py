@@ -177,9 +177,11 @@ class Group:
     def _listed(self) -> list[int]:
         for controller in ("unified", "freezer", "pids", "memory", "cpuacct"):
             if controller in self._folders:
-                with suppress(OSError):  # it is removed
+                try:
                     # Opened anew: v1 says the same for a second to who reads again without.
                     return [int(pid) for pid in words(self._folders[controller] / "cgroup.procs")]
+                except OSError as error:
+                    _check_gone(error)
         return []
 
     def kill(self) -> None:
@@ -245,7 +247,8 @@ class Group:
             return 0
         try:
             words = self._content(count.controller, count.file).split()
-        except OSError:  # an older kernel has none, or the group is removed
+        except OSError as error:  # an older kernel has none, or the group is removed
+            _check_gone(error)
             return 0
         if count.word:
             word = count.word.encode()
@@ -268,6 +271,12 @@ class Group:
                 return self._open[controller, file]
             self._open[controller, file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._open[controller, file]
+
+
+def _check_gone(error: OSError) -> None:
+    """Raises SandboxLost for what is not the end of a group's files: too many open files, say."""
+    if error.errno not in (errno.ENOENT, errno.ENODEV):
+        raise SandboxLost(f"a sandbox's control group can't be read: {error}") from error
 
 
 def _limit_memory_v1(folder: Path, most: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+import _thread
+from contextlib import suppress
 from typing import Self
 
 from agentrl.errors import BadConfig
@@ -10,23 +11,22 @@ from agentrl.errors import BadConfig
 __all__ = ["Turn"]
 
 
-class Turn:
-    """A lock for ``with`` that names its user's mistake where another would wait for itself for ever."""
+class Turn(_thread.RLock):  # type: ignore[misc]
+    """A lock for ``with`` that names its user's mistake where another would wait for itself for ever.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: int | None = None  # that has it
+    What a signal's handler raises leaves it free: its ``__exit__`` is C's, and nothing comes between.
+    """
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Self:  # type: ignore[override]
         """Raises BadConfig in the thread that has it already."""
-        if self._thread == threading.get_ident():
+        if self._is_owned():  # type: ignore[attr-defined]
             raise BadConfig(
                 "a sandbox was used or closed from within the talk of its own run: let the talk return first"
             )
-        self._lock.acquire()
-        self._thread = threading.get_ident()
+        try:
+            self.acquire()
+        except BaseException:  # raised before it was had, or after
+            with suppress(RuntimeError):
+                self.release()
+            raise
         return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._thread = None
-        self._lock.release()
