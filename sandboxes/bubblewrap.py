@@ -15,8 +15,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -242,13 +242,11 @@ class _Session:
 
     def read(self, path: str, *, most_bytes: int = 1 << 20) -> bytes:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        with _room():
-            return read_beneath(self._enter(), path, most_bytes=most_bytes)
+        return read_beneath(self._enter(), path, most_bytes=most_bytes)
 
     def write(self, path: str, data: bytes) -> None:
         """See :class:`agentrl.sandbox.Sandbox`."""
-        with _room():
-            write_beneath(self._enter(), path, data, owner=self._owner)
+        write_beneath(self._enter(), path, data, owner=self._owner)
 
     def close(self) -> None:
         """Kill what runs, then remove directory and group."""
@@ -319,17 +317,6 @@ def _had_no_memory(ended: Ended, limits: Limits) -> bool:
         return False
     is_stillborn = ended.own_code > 0 or not ended.has_begun
     return is_stillborn and ended.peak_bytes >= int(limits.memory_mib * 2**20) - _BATCH
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    """That this process has too many open files is nobody's doing inside. Raises SandboxLost."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise SandboxLost(f"a sandbox's file can't be opened: {error}") from error
-        raise
 
 
 def _can_be_passed(word: str) -> bool:

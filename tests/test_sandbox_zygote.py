@@ -779,7 +779,7 @@ def test_nothing_lives_on_where_this_process_has_no_descriptor_left(spare: int) 
         for descriptor in held[:spare]:
             os.close(descriptor)
         with suppress(SandboxLost):
-            assert sandbox.run(["sleep", word]).status == "wall"
+            assert sandbox.run(["sleep", word], files={"a": b""}).status == "wall"
     finally:
         for descriptor in held[spare:]:
             os.close(descriptor)

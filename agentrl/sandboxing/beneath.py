@@ -20,6 +20,17 @@ __all__ = ["read_beneath", "remove_all", "unlock", "write_beneath"]
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+@contextmanager
+def _room() -> Iterator[None]:
+    """That this process has too many open files is nobody's doing inside. Raises SandboxLost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise SandboxLost(f"a sandbox's file can't be opened: {error}") from error
+        raise
+
+
 def unlock(folder: Path) -> None:
     """Let its owner into a folder whose mode the code inside has changed. Raises SandboxLost."""
     try:
@@ -28,6 +39,7 @@ def unlock(folder: Path) -> None:
         raise SandboxLost(f"a working directory is gone: {error}") from error
 
 
+@_room()
 def read_beneath(folder: Path, path: str, *, most_bytes: int) -> bytes:
     """The regular file ``path``. Raises FileNotFoundError for anything else, OSError(EFBIG) for a big one."""
     try:
@@ -48,6 +60,7 @@ def read_beneath(folder: Path, path: str, *, most_bytes: int) -> bytes:
     return data
 
 
+@_room()
 def write_beneath(folder: Path, path: str, data: bytes, *, owner: int | None = None) -> None:
     """Write ``path`` anew, its folders made; ``owner``: the uid and gid that they get."""
     with _parent(folder, path, make=True, owner=owner) as (parent, name):
