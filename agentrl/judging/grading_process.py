@@ -1,6 +1,6 @@
 """The inside of a workspace's sandbox: one hidden test, run beside the files that an agent left.
 
-The judge sends ``["grade", node id, names of the hidden sources]`` and is told ``["forked"]``, or
+The judge sends ``["grade", node id, whether a hidden conftest.py is there]`` and is told ``["forked"]``, or
 ``["unsupported", why]`` where the test needs more than there is; then it sends ``["nonce", nonce]`` and gets
 ``["done", outcome, text, nonce]``, its outcome one of passed, failed and silent (it ended without a verdict,
 or with several). pytest runs the test where this Python has it, with no plugin, no configuration, no cache
@@ -12,9 +12,8 @@ is in its way: that process is forked off one that keeps the judge's pipes and t
 its verdict needs a number that no variable or object holds while a test runs, exactly once; the modules of
 the workspace come last on the path, behind those beside the hidden file, so that they shadow nothing; ours,
 unittest's and pytest's are imported before any of theirs; functions are run only where their code is what was
-compiled from the hidden file, or decorated there; unittest's classes are restored before they are used, and
-nobody traces. Standard library only and Python 3.8: it is sent as
-source.
+compiled from the hidden file, unless they are decorated there, or inherited; unittest's classes are restored
+before they are used, and nobody traces. Standard library only and Python 3.8: it is sent as source.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ _PR_SET_DUMPABLE = 4  # 0: no process of the same user may trace this one or ope
 def serve() -> None:
     """Run one test in a child and say what became of it."""
     pipes = claim_pipes()
-    _, node, sources = pipes.receive()
+    _, node, is_hooked = pipes.receive()
     with contextlib.suppress(OSError, AttributeError):  # a hardened kernel, another libc: then without
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     if lacking := _lacking(*node.split("::")):
@@ -70,7 +69,7 @@ def serve() -> None:
         os.close(heard)
         pipes.close()
         del nonce, said, heard  # frames below a test's are in its reach
-        _child(node, place, sources)
+        _child(node, place, is_hooked=is_hooked)
     os.close(said)
     pipes.send(["forked"])
     _, theirs = pipes.receive()  # not in the child's memory
@@ -133,7 +132,7 @@ def _told(descriptor: int, pid: int) -> bytes:
         ended = ended or os.waitpid(pid, os.WNOHANG)[0] == pid
 
 
-def _child(node: str, place: int, sources: list[str]) -> None:
+def _child(node: str, place: int, *, is_hooked: bool) -> None:
     write, leave, recall = os.write, os._exit, ctypes.string_at
     path, *names = node.split("::")
     sys.dont_write_bytecode = True
@@ -141,9 +140,9 @@ def _child(node: str, place: int, sources: list[str]) -> None:
     # Looked for before theirs can be found.
     has_pytest = importlib.util.find_spec("pytest") is not None
     sys.path += [os.path.dirname(os.path.abspath(path)), os.getcwd()]
-    hidden = _Hidden(path, names, sources)
+    hidden = _Hidden(path, names)
     try:
-        passed = _with_pytest(hidden) if has_pytest else _without_pytest(hidden)
+        passed = _with_pytest(hidden, is_hooked=is_hooked) if has_pytest else _without_pytest(hidden)
         told = "passed:" if passed else "failed:"
     except BaseException as error:
         told = f"failed:{type(error).__name__}: {_said(error)}"
@@ -165,16 +164,15 @@ def _said(error: BaseException) -> str:
 class _Hidden:
     """A hidden test as its file has it, read before any of the agent's code is loaded."""
 
-    def __init__(self, path: str, names: list[str], sources: list[str]) -> None:
+    def __init__(self, path: str, names: list[str]) -> None:
         self.path, self.names = path, names
-        self.is_hooked = any(os.path.basename(name) == "conftest.py" for name in sources)
         self.source = Path(path).read_text(encoding="utf-8")
         self.definition = _definition(self.source, tuple(names))
         self.code = compile(self.source, path, "exec", dont_inherit=True)
         self._codes = _codes(self.code)
-        for name in sources:  # what is inherited from another hidden file is hidden, too
-            with contextlib.suppress(SyntaxError, ValueError):
-                self._codes += _codes(compile(Path(name).read_bytes(), name, "exec", dont_inherit=True))
+        # What else decorates may put anything in a test's place, as what is inherited may be anybody's.
+        decorators = getattr(self.definition, "decorator_list", ())
+        self._is_known = self.definition is not None and all(map(_is_mark, decorators))
         self._originals = [
             (
                 kind,
@@ -183,16 +181,14 @@ class _Hidden:
             )
             for kind in _RESTORED
         ]
-        self._unwrap, self._trace, self._profile = inspect.unwrap, sys.settrace, sys.setprofile
+        self._trace, self._profile = sys.settrace, sys.setprofile
 
     def check(self, function: Any) -> None:
         """Raises AssertionError for what was put in the place of the hidden test; nobody traces after it."""
         self._trace(None)
         self._profile(None)
         function = getattr(function, "__func__", function)
-        if self.definition is None or self.definition.decorator_list:
-            function = self._unwrap(function)
-        if not (_is_plain(function) and function.__code__ in self._codes):
+        if self._is_known and not (_is_plain(function) and function.__code__ in self._codes):
             raise AssertionError("the test is not the hidden one any more")
 
     def restore(self) -> None:
@@ -206,6 +202,13 @@ class _Hidden:
             for function, code in codes:
                 if function.__code__ is not code:
                     function.__code__ = code
+
+
+def _is_mark(decorator: Any) -> bool:
+    """Whether it is one of pytest's marks, which leave the function as it is."""
+    name = getattr(decorator, "func", decorator)
+    mark = getattr(name, "value", None)
+    return getattr(mark, "attr", "") == "mark" and getattr(getattr(mark, "value", None), "id", "") == "pytest"
 
 
 def _is_plain(value: Any) -> bool:
@@ -266,7 +269,7 @@ def _unittest_passes(hidden: _Hidden, kind: Any, name: str) -> bool:
     )
 
 
-def _with_pytest(hidden: _Hidden) -> bool:
+def _with_pytest(hidden: _Hidden, *, is_hooked: bool) -> bool:
     import pytest
 
     reports: list[Any] = []
@@ -303,7 +306,7 @@ def _with_pytest(hidden: _Hidden) -> bool:
     arguments = ["-qq", "-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={os.getcwd()}"]
     # Asserts are not rewritten: the code that runs is what the hidden file compiles to.
     arguments += ["--import-mode=importlib", "--assert=plain", "-o", "addopts="]
-    arguments += [] if hidden.is_hooked else ["--noconftest"]
+    arguments += [] if is_hooked else ["--noconftest"]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     node = "::".join([hidden.path, *hidden.names])
     code = pytest.main([*arguments, node], plugins=[Watch()])

@@ -116,12 +116,12 @@ def _lies_under(path: PurePosixPath, hidden: set[PurePosixPath]) -> bool:
 
 def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[str, bytes]) -> None:
     outcome, garbled = "", False
-    sources = sorted(path for path in hidden if path.endswith(".py"))
+    is_hooked = any(PurePosixPath(path).name == "conftest.py" for path in hidden)
 
     def talk(channel: Channel) -> None:
         nonlocal outcome, garbled
         try:
-            outcome = _outcome(Line(channel), test.id, sources)
+            outcome = _outcome(Line(channel), test.id, is_hooked=is_hooked)
         except Garbled:
             garbled = True
 
@@ -134,9 +134,9 @@ def _grade(record: Record, sandbox: Sandbox, test: AssertTest, hidden: Mapping[s
     record.settle([test], result, garbled=garbled)
 
 
-def _outcome(line: Line, node: str, sources: list[str]) -> str:
+def _outcome(line: Line, node: str, *, is_hooked: bool) -> str:
     """Raises BadData for a test that can't be run here, Garbled, Gone."""
-    line.send(["grade", node, sources])
+    line.send(["grade", node, is_hooked])
     said = line.receive()
     if said[0] == "unsupported":  # said before any of the agent's code is loaded
         raise BadData(

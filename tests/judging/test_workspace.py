@@ -342,6 +342,13 @@ class TestB(unittest.TestCase):
 def setup_module(module):
     module.one = 1
 
+def unnamed(function):
+    return lambda: function()
+
+@unnamed
+def test_unnamed():
+    assert sol.f(one) == 2
+
 @twice
 def test_decorated():
     assert sol.f(one) == 2
@@ -371,13 +378,14 @@ def test_what_honest_tests_do_is_run(grader: Judge) -> None:
     names = (
         "TestB::test_sub",
         "test_decorated",
+        "test_unnamed",
         "test_default",
         "TestSet::test_method",
         "TestInherited::test_shared",
     )
     nodes = [f"test_a.py::{name}" for name in names]
-    assert _graded(grader, {"sol.py": _GOOD}, _HONEST, *nodes) == ["AC"] * 5
-    assert _graded(grader, {"sol.py": _BAD}, _HONEST, *nodes) == ["WA"] * 5
+    assert _graded(grader, {"sol.py": _GOOD}, _HONEST, *nodes) == ["AC"] * 6
+    assert _graded(grader, {"sol.py": _BAD}, _HONEST, *nodes) == ["WA"] * 6
 
 
 def test_a_grader_raises_no_flag_over_a_right_workspace(grader: Judge) -> None:
