@@ -185,14 +185,51 @@ def test_what_plus_versions_expect_is_what_their_reference_gives(tmp_path: Path)
     (tmp_path / "plus.jsonl").write_text(json.dumps(row))
     env = agentrl.make("code", dataset=str(tmp_path / "plus.jsonl"), **FAKE)
     (task,) = env.task_list("test")[:1]
-    values = [test["expected"] for test in task.truth["problem"]["tests"]]
-    assert values == [{"tuple": [1, 2]}, {"tuple": [1.5]}, {"tuple": ["a", [2]]}]  # of 3 + (1,) there is none
+    tests = task.truth["problem"]["tests"]
+    assert [test.get("expected") for test in tests] == [{"tuple": [1, 2]}, None, {"tuple": ["a", [2]]}]
+    assert "(1.5,)" in tests[1]["code"]  # of 3 + (1,) there is none
     env.reset(options={"split": "test", "index": 0})
     assert env.step(*env.gold(env.task))[1] == 1.0
     broken = {**row, "canonical_solution": "def pair(a, b):\n    return 1 / 0\n"}
     (tmp_path / "plus.jsonl").write_text(json.dumps(broken))
     with pytest.raises(BadData, match="plus.jsonl:1: the reference gives plain data for none"):
         agentrl.make("code", dataset=str(tmp_path / "plus.jsonl"), limit=1, **FAKE).task_list("test")[0]
+
+
+@pytest.mark.parametrize(
+    ("gives", "says", "atol", "is_right"),
+    [
+        ("x * 1.5", "x * 1.5 + 0.9", 0, True),  # at 8e6: 1e-6 + 1e-7 * 1.2e7
+        ("x * 1.5", "x * 1.5 + 1.6", 0, False),
+        ("x * 1.5", "x * 1.5 + 9", 10, True),
+        ("[x / 2, x / 4]", "[x / 2 + 1e-7, x / 4]", 0, True),
+        ("[x / 2, x / 4]", "[x / 2]", 0, False),
+        ("[x / 2, x / 4]", "'no list'", 0, False),
+        ("[0.5, x]", "[0.5, x + 1e-7]", 0, False),  # not floats alone
+        ("x > 3", "int(x > 3)", 0, True),
+        ("[x > 3]", "[x < 3]", 0, False),
+        ("float('inf')", "float('inf')", 0, True),
+        ("float('nan')", "float('nan')", 0, True),
+        ("[float('inf'), True]", "[float('inf'), 1]", 0, True),
+    ],
+)
+def test_plus_versions_are_compared_as_evalplus_does_it(
+    tmp_path: Path, gives: str, says: str, atol: float, is_right: bool
+) -> None:
+    row = {
+        "task_id": "HumanEval/999",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "canonical_solution": f"    return {gives}\n",
+        "base_input": [[8_000_000]],
+        "plus_input": [[8_000_001]],
+        "atol": atol,
+    }
+    (tmp_path / "plus.jsonl").write_text(json.dumps(row))
+    env = agentrl.make("code", dataset=str(tmp_path / "plus.jsonl"), **FAKE)
+    env.reset(options={"split": "test", "index": 0})
+    reward = env.step(Message("assistant", f"```python\ndef f(x):\n    return {says}\n```"))[1]
+    assert reward == float(is_right)
 
 
 @pytest.mark.parametrize(
