@@ -788,3 +788,20 @@ def test_nothing_lives_on_where_this_process_has_no_descriptor_left(spare: int) 
         alive = subprocess.run(["pgrep", "-f", f"sleep {word}"], capture_output=True, text=True).stdout
         backend.close()
     assert alive == ""
+
+
+def test_a_run_that_was_over_before_anybody_looked_has_the_pidfd_of_one_that_has_ended() -> None:
+    code = """
+import os, select, signal
+from agentrl.sandboxing.zygote_process import _pidfd_of_the_dead
+pidfd = os.dup(_pidfd_of_the_dead())
+poll = select.poll()
+poll.register(pidfd, select.POLLIN)
+assert poll.poll(5000)
+try:
+    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+except ProcessLookupError:
+    print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "over\n", done.stderr

@@ -80,15 +80,12 @@ def _check(result: int, what: str) -> None:
 
 
 def _mount(source: str, target: str, *, kind: str = "", flags: int = 0, data: str = "") -> None:
-    words = (source.encode(), target.encode(), kind.encode() or None)
-    _check(_libc.mount(*words, flags, data.encode() or None), f"mount {kind} {source} at {target}")
+    words = source.encode(), target.encode(), kind.encode() or None, flags, data.encode() or None
+    _check(_libc.mount(*words), f"mount {kind} {source} at {target}")
 
 
 def _prctl(option: int, value: int = 0, *more: int) -> None:
     _check(_libc.prctl(option, value, *(more + (0, 0, 0))[:3]), f"prctl {option}")
-
-
-# -- once: the zygote itself --
 
 
 def live(setup: dict[str, Any]) -> list[str]:
@@ -129,7 +126,6 @@ def _begin(packages: Sequence[str], hidden: Sequence[str]) -> None:
         if number < _FIRST_OF_LIBC:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as a fresh Python has it
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the inits
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = min(_MOST_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
@@ -139,8 +135,9 @@ def _begin(packages: Sequence[str], hidden: Sequence[str]) -> None:
     _check(_libc.unshare(_NEW_NS), "unshare the mount namespace")
     _build_root(packages, hidden)
     _prctl(_SET_NO_NEW_PRIVS, 1)
-    for capability in range(int(_read("proc/sys/kernel/cap_last_cap")) + 1):
-        _prctl(_CAPBSET_DROP, capability)
+    with open("proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+        for capability in range(int(file.read()) + 1):
+            _prctl(_CAPBSET_DROP, capability)
     _prctl(_SET_DUMPABLE, 0)
 
 
@@ -258,13 +255,10 @@ def _cover(folder: str, name: str) -> None:
         _mount("none", folder, flags=_REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
 
 
-# -- the loop --
-
-
 def _serve(control: socket.socket, host: int) -> Run:
     """Answer until the host, of which ``host`` is a pidfd, is gone. Returns in a command's process only."""
     namespace = os.open("proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    own = os.pidfd_open(os.getpid())
+    own, ended = os.pidfd_open(os.getpid()), _pidfd_of_the_dead()
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(host, select.POLLIN)
@@ -285,7 +279,7 @@ def _serve(control: socket.socket, host: int) -> Run:
                 payload, stdin, stdout, stderr, status, *groups = descriptors
                 words = request["session"], request["uid"], request["temporary"]
                 run = Run(*words, payload, stdin, stdout, stderr, status, tuple(groups))
-                answer = _fork(run, namespace, own)
+                answer = _fork(run, namespace, own, ended)
                 if answer == 0:
                     control.detach()  # its number means something else by now
                     return run
@@ -315,8 +309,17 @@ def _close_session(number: int) -> None:
     os.rmdir(f"sessions/{number}")
 
 
-def _fork(run: Run, namespace: int, own: int) -> int:
-    """A pidfd of the run's init; 0 in the command's process. ``own``: a pidfd of the zygote."""
+def _pidfd_of_the_dead() -> int:
+    if not (child := os.fork()):
+        os._exit(0)
+    pidfd = os.pidfd_open(child)
+    os.waitpid(child, 0)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # from here on the kernel reaps: the inits
+    return pidfd
+
+
+def _fork(run: Run, namespace: int, own: int, ended: int) -> int:
+    """A pidfd of the run's init; 0 in the command's process. ``own``: of the zygote, ``ended``: of nobody."""
     _check(_libc.unshare(_NEW_PID), "unshare the pid namespace")
     # Not os.fork: an init needs nothing of what Python mends in a child, which costs a fifth of a run.
     init = _python_libc.fork()
@@ -326,7 +329,9 @@ def _fork(run: Run, namespace: int, own: int) -> int:
         raise OSError(code, os.strerror(code), "fork")
     if init:
         _check(_libc.setns(namespace, _NEW_PID), "return to the pid namespace")
-        return os.pidfd_open(init)
+        with suppress(ProcessLookupError):  # all of the run may be over by now
+            return os.pidfd_open(init)
+        return os.dup(ended)
     try:
         _die_with_the_zygote(own)
         for group in run.groups:
@@ -436,11 +441,6 @@ def _confine(run: Run, program: bytes) -> list[str]:
         _fail(run, error)
     os.closerange(3, 1 << 20)
     return argv
-
-
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        return file.read()
 
 
 def _write(path: str, text: str) -> None:
