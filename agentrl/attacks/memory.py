@@ -113,7 +113,6 @@ done()
 """,
         needs=("memory_mib",),
         statuses=("ok", "memory"),
-        finishes=False,
     ),
     Attack(
         name="memory-in-netlink-sockets",
@@ -144,7 +143,6 @@ done()
 """,
         needs=("memory_mib",),
         statuses=("ok", "memory"),
-        finishes=False,
     ),
     Attack(
         name="memory-in-pipes-and-sockets",
