@@ -26,7 +26,6 @@ __all__ = ["judge_workspace_once"]
 # By name: what Python or pytest would load by itself; the compiled, which need not be what its source says.
 _HOOKS = frozenset({"conftest.py", "sitecustomize.py", "usercustomize.py"})
 _COMPILED = (".pyc", ".pyo", ".pth")
-_ROOT = {PurePosixPath()}
 _MODULES = (".py", ".so", ".pyd")
 
 
@@ -100,14 +99,14 @@ def _is_odd(name: str) -> bool:
 
 def _shadows(path: PurePosixPath, hidden: set[PurePosixPath], folders: set[PurePosixPath]) -> bool:
     """Whether an import of what is hidden would find an agent's file: a package before a module, a compiled
-    module before a source, a module before a folder without __init__.py, and in one, that."""
+    module before a source, a module before a folder without __init__.py."""
     modules = {one.with_suffix("") for one in hidden if one.suffix == ".py"}
     if any(parent in modules for parent in path.parents):
         return True
     if path in hidden or path.suffix not in _MODULES:
         return False
     stem = path.with_name(path.name.partition(".")[0])
-    return stem in modules or stem in folders or (stem.name == "__init__" and path.parent in folders - _ROOT)
+    return stem in modules or stem in folders
 
 
 def _lies_under(path: PurePosixPath, hidden: set[PurePosixPath]) -> bool:

@@ -239,7 +239,7 @@ def test_an_odd_name_costs_an_agent_that_file_alone(judge: Judge, name: str) -> 
 
 @pytest.mark.parametrize(
     "shadow",
-    ["helpers.py", "tests/helpers/__init__.py", "tests/helpers/inner.py", "tests.py", "tests/__init__.py"],
+    ["helpers.py", "tests/helpers/__init__.py", "tests/helpers/inner.py", "tests.py"],
 )
 def test_what_hidden_tests_import_is_not_replaced_by_an_agents_file(grader: Judge, shadow: str) -> None:
     test = b"from helpers import check\nimport sol\n\ndef test_one():\n    check(sol.f(1), 2)\n"
@@ -392,3 +392,9 @@ def test_a_grader_raises_no_flag_over_a_right_workspace(grader: Judge) -> None:
     tests = FileTests(files=_SIMPLE, expected=("test_a.py::test_one",))
     judgement = grader.judge_files({"sol.py": _GOOD}, tests)
     assert (judgement.verdict, judgement.flags) == ("AC", ())
+
+
+def test_a_package_in_which_a_hidden_test_lies_keeps_its_own_code(grader: Judge) -> None:
+    files = {"shop/__init__.py": b"def f(x):\n    return x + 1\n"}
+    hidden = {"shop/test_shop.py": b"from shop import f\n\ndef test_one():\n    assert f(1) == 2\n"}
+    assert _graded(grader, files, hidden, "shop/test_shop.py::test_one") == ["AC"]
