@@ -69,8 +69,8 @@ class Judge:
 
     ``sandbox``: a backend's name, "auto" for the strongest that this host can enforce, or a backend, which
     stays its owner's to close. ``at_once``: submissions judged at a time; None: one per core, counted over
-    all such judges of the process. ``limits``: of each run, ``wall_s`` of all those of a submission. Raises
-    BadConfig where the backend can't enforce them here.
+    all such judges of the process. ``limits``: of each run; those of a submission share one ``wall_s``, which
+    waiting uses up and work does not. Raises BadConfig where the backend can't enforce them here.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ failed as well. Flags are telemetry: no verdict depends on them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -64,17 +65,23 @@ class Record:
     @property
     def is_late(self) -> bool:
         """Whether the submission's runs have used up its wall clock."""
-        return self.limits.wall_s is not None and self._ran_s >= self.limits.wall_s
+        return self._left_s <= 0
 
     def left(self) -> Limits:
-        """The limits of the submission's next run: one wall clock is over all of its runs."""
-        if self.limits.wall_s is None or not self.results:
+        """The limits of the submission's next run."""
+        if self.limits.wall_s is None:
             return self.limits
-        return replace(self.limits, wall_s=max(self.limits.wall_s - self._ran_s, _LEAST_S))
+        return replace(self.limits, wall_s=min(self.limits.wall_s, max(self._left_s, _LEAST_S)))
 
     @property
-    def _ran_s(self) -> float:
-        return sum(result.wall_ms for result in self.results) / 1000
+    def _left_s(self) -> float:
+        """Of one wall clock over all runs. What counts of a run is what it took beyond its work on as busy a
+        host as a single run stands: many honest runs are not late, many that wait are."""
+        if self.limits.wall_s is None:
+            return math.inf
+        slower = self.limits.wall_s / self.limits.cpu_s if self.limits.cpu_s else 0.0
+        waited_ms = sum(max(result.wall_ms - slower * result.cpu_ms, 0) for result in self.results)
+        return self.limits.wall_s - waited_ms / 1000
 
     def add(self, result: ExecResult, *, expected: str = "") -> ExecResult:
         """Count a run of the solution; ``expected``: what it is to print. Raises SandboxLost where the world
