@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,6 +163,7 @@ def _checks(source: str) -> tuple[AssertTest, ...]:
 
     An assertion that does not call the candidate is none. Statements that may only prepare are imports.
     """
+    source = _without_numpy(source)
     tree = ast.parse(source)
     (check,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check")
     imports = [node for node in check.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -177,6 +179,27 @@ def _checks(source: str) -> tuple[AssertTest, ...]:
         AssertTest(id=f"check-{number}", code=before + ast.unparse(node))
         for number, node in enumerate(tested)
     )
+
+
+# What EvalPlus's own tests on the hub need of numpy; sandboxes have the standard library alone.
+_NUMPY = """
+class np:
+    class ndarray: pass
+    float32 = float64 = float
+    def allclose(got, wanted, rtol=1e-05, atol=1e-08):
+        if isinstance(wanted, (list, tuple)):
+            pairs = zip(got, wanted)
+            return len(got) == len(wanted) and all(np.allclose(*pair, rtol, atol) for pair in pairs)
+        return got == wanted or abs(got - wanted) <= atol + rtol * abs(wanted) < float("inf")
+"""
+_IMPORTS_NUMPY = re.compile(r"^import numpy as np[ \t]*$", re.M)
+_USES_NUMPY = re.compile(r"\bnp\.(\w+)")
+
+
+def _without_numpy(source: str) -> str:
+    """A test's text without an import of numpy that four of its names can stand for."""
+    is_enough = {*_USES_NUMPY.findall(source)} <= {"allclose", "float32", "float64", "ndarray"}
+    return _IMPORTS_NUMPY.sub(_NUMPY.strip(), source, count=1) if is_enough else source
 
 
 def _is_metadata(node: ast.stmt) -> bool:
@@ -217,7 +240,8 @@ def _mbpp(row: Row, place: str, *, visible: int) -> Draft:
         for number, test in enumerate(row["test_list"])
     )
     if "test" in row:  # MBPP+ as it is on the hub
-        tests += (AssertTest(id="plus", code=f"{setup}\n{row['test']}"),)
+        plus = _without_numpy(f"{setup}\n{row['test']}")
+        tests += (AssertTest(id="plus", code=plus, trust="shared" if shared else "remote"),)
     problem = Problem(tests=tests, entry_point=entry_point, setup=setup)
     text = str(row.get("prompt") or row["text"]).strip()
     named = [*row["test_list"][:visible]] or [f"The function's name is {entry_point}."]

@@ -1,10 +1,11 @@
 """HumanEval+ and MBPP+: inputs and a reference become a problem; the reference runs in a sandbox, never here.
 
-Comparison is EvalPlus's: Python's ``==``, or, where the answer is a float or a list of floats or the row has
-an ``atol``, numpy's ``assert_allclose`` with that, else 1e-6; ``find_zero`` by the polynomial's value at the
-answer; the results of some functions as sets. Its two functions with a second accepted reading,
-"are_equivalent" and "sum_div", are compared with the reference alone. Inputs on which the reference raises
-are left out, since nothing is right there, and those on which it gives more than a megabyte.
+Comparison is EvalPlus's (release 0.3): Python's ``==``, or, where the answer is a float or a list of floats
+or the row has an ``atol``, one type and numpy's ``allclose`` with that, else 1e-6; ``find_zero`` by the
+polynomial's value at the answer; the results of some functions as sets, of some by whether they are None. Its
+two functions with a second accepted reading, "are_equivalent" and "sum_div", are compared with the reference
+alone. Inputs on which the reference raises or needs most of its memory are left out, since nothing is right
+there, and those on which it gives more than a megabyte.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = ["REFERENCE_LIMITS", "plus_problem"]
 
 # For a reference on all of its inputs: 1,000 of them, some of a hundred kilobytes.
 REFERENCE_LIMITS = Limits(cpu_s=60.0, wall_s=180.0, memory_mib=1024, output_kib=1 << 16)
+_MOST_MEMORY_MIB = 768  # of its process: one input that needs more does not cost the others their answers
 _TOLERANCE = 1e-6  # between floats where the row has none
 
 # JSON has lists only. Which of an MBPP+ task's lists are tuples: by argument (None: each of them) the levels
@@ -51,17 +53,26 @@ _ANY_ORDER = frozenset(
     ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum")
     + ("intersection_array", "find_dissimilar", "Diff")
 )
-_EQUAL = "from math import inf, nan\nassert candidate(*{given}) == {wanted}"
-# numpy.testing.assert_allclose with its own rtol, for numbers and what is nested of them.
+# MBPP+ functions of which it compares whether they found something: the references return match objects,
+# which stay in the process that made them.
+_FOUND = frozenset(("check_str", "text_match_three", "text_starta_endb"))
+_ASK_FOUND = "{source}\n_found = {name}\ndef {name}(*given):\n    return _found(*given) is not None\n"
+_IS_FOUND = (
+    "got = candidate(*{given})\nassert (got if isinstance(got, bool) else got is not None) is {wanted}"
+)
+# numpy.allclose with its own rtol, for numbers and what is nested of them; nan is nan.
 _CLOSE = """
-from math import inf, nan
+from math import inf, isfinite, nan
 def is_close(got, wanted):
     if isinstance(wanted, (list, tuple)):
-        return len(got) == len(wanted) and all(map(is_close, got, wanted))
-    are_nan = got != got and wanted != wanted
-    return got == wanted or are_nan or abs(got - wanted) <= {atol} + 1e-7 * abs(wanted)
+        is_long = isinstance(got, (list, tuple)) and len(got) == len(wanted)
+        return is_long and all(map(is_close, got, wanted))
+    if got == wanted or (got != got and wanted != wanted):
+        return True
+    far = abs(got - wanted)
+    return isfinite(abs(wanted)) and isfinite(far) and far <= {atol} + 1e-7 * abs(wanted)
 got, wanted = candidate(*{given}), {wanted}
-assert got == wanted or is_close(got, wanted)
+assert got == wanted or (type(got) is type(wanted) and is_close(got, wanted))
 """
 # The answer of find_zero is any root: the value there must be small.
 _FIND_ZERO = (
@@ -77,7 +88,16 @@ def plus_problem(row: Row, place: str, *, open_sandbox: Callable[[Limits], Sandb
     if row["entry_point"] == "find_zero":
         return Problem(tests=tuple(_zeros(inputs, row["atol"])), entry_point="find_zero")
     tolerance = float(row.get("atol") or 0)
-    answers = _answers(row, place, [encode(given) for given in inputs], open_sandbox=open_sandbox)
+    source = row["solution"]
+    if row["entry_point"] in _FOUND:
+        source = _ASK_FOUND.format(source=source, name=row["entry_point"])
+    asked = {
+        "source": source,
+        "entry_point": row["entry_point"],
+        "inputs": [encode(given) for given in inputs],
+        "memory_mib": _MOST_MEMORY_MIB,
+    }
+    answers = _answers(asked, place, open_sandbox=open_sandbox)
     tests = tuple(
         _test(f"input-{index}", row["entry_point"], given, answer[0], tolerance=tolerance)
         for index, (given, answer) in enumerate(zip(inputs, answers, strict=True))
@@ -93,14 +113,15 @@ def _test(
 ) -> CallTest | AssertTest:
     """The test of one input; ``answer``: the reference's, as typed data."""
     expected = decode(answer)
+    if function in _FOUND:
+        code = _IS_FOUND.format(given=repr(given), wanted=expected)
+        return AssertTest(id=name, code=code, trust="shared")
     if function in _ANY_ORDER:
         return AssertTest(id=name, code=f"assert set(candidate(*{given!r})) == set({expected!r})")
     if tolerance or _is_floats(expected):
         code = _CLOSE.format(given=repr(given), wanted=repr(expected), atol=tolerance or _TOLERANCE)
         return AssertTest(id=name, code=code)
-    if _has_bools(answer):  # which a CallTest tells from 0 and 1
-        return AssertTest(id=name, code=_EQUAL.format(given=repr(given), wanted=repr(expected)))
-    return CallTest(id=name, args=tuple(given), expected=expected)
+    return CallTest(id=name, args=tuple(given), expected=expected, numbers_alike=True)
 
 
 def _zeros(inputs: Iterable[list[Any]], atol: float) -> Iterable[AssertTest]:
@@ -111,16 +132,16 @@ def _zeros(inputs: Iterable[list[Any]], atol: float) -> Iterable[AssertTest]:
 
 
 def _answers(
-    row: Row, place: str, inputs: list[Any], *, open_sandbox: Callable[[Limits], Sandbox]
+    asked: Mapping[str, Any], place: str, *, open_sandbox: Callable[[Limits], Sandbox]
 ) -> list[list[Any]]:
-    asked = {"source": row["solution"], "entry_point": row["entry_point"], "inputs": inputs}
+    """What the reference gives for each input, as typed data; nothing where that is no answer."""
     with closing(open_sandbox(REFERENCE_LIMITS)) as sandbox:
         result = sandbox.run(python("reference_process"), stdin=json.dumps(asked).encode())
     if result.status == "lost":
         raise SandboxLost("a sandbox went away while a reference ran in it")
     try:
         answers = json.loads(result.stdout)
-        assert len(answers) == len(inputs)
+        assert len(answers) == len(asked["inputs"])
     except (ValueError, AssertionError, TypeError):
         raise BadData(
             f"{place}: the reference could not be run ({result.status}): "
@@ -149,13 +170,7 @@ def _with_tuples(value: Any, levels: tuple[int, ...], level: int) -> Any:
 
 
 def _is_floats(value: Any) -> bool:
-    """EvalPlus's ``is_floats``."""
+    """EvalPlus's ``is_floats``, which the types of empty lists and tuples then tell apart."""
     return isinstance(value, float) or (
         isinstance(value, (list, tuple)) and all(isinstance(item, float) for item in value)
     )
-
-
-def _has_bools(tree: Any) -> bool:
-    if isinstance(tree, dict):
-        return any(map(_has_bools, tree.values()))
-    return isinstance(tree, bool) or (isinstance(tree, list) and any(map(_has_bools, tree)))

@@ -6,13 +6,15 @@ each call of the stub is ``["call", args, kwargs]``, answered with ``["value", t
 ``["raised", name, text]`` or ``["unplain", name]``. A test ends with ``["done", number, outcome, text]``, its
 outcome one of passed, failed (an assertion), raised (something else), theirs (what the solution raised),
 unplain (the solution returned something else than plain data, or so much of it that the test can't hand it
-back) and objects (the test hands the solution something else than plain data).
+back), objects (the test hands the solution something else than plain data) and broken (the test is no Python,
+or imports a module that is not there).
 
 Standard library only and Python 3.8: it is sent as source.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import contextlib
 import sys
@@ -131,11 +133,25 @@ def serve_shared() -> None:
 def _run(code: str, names: dict[str, Any], theirs: list[BaseException]) -> tuple[str, str]:
     """The outcome of a test and what it said; ``theirs``: what was raised on the solution's behalf."""
     try:
-        exec(compile(code, "test.py", "exec", dont_inherit=True), names)
+        program = compile(code, "test.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        return "broken", f"{type(error).__name__}: {text_of(error)}"
+    try:
+        exec(program, names)
     except BaseException as error:
         is_theirs = any(error is raised for raised in theirs)
         outcome = "theirs" if is_theirs else "failed" if isinstance(error, AssertionError) else "raised"
         if isinstance(error, (_Objects, _Unplain)):
             return outcome, text_of(error)
+        if outcome == "raised" and isinstance(error, ModuleNotFoundError) and error.name in _imported(code):
+            outcome = "broken"
         return outcome, f"{type(error).__name__}: {text_of(error)}".rstrip(": ")
     return "passed", ""
+
+
+def _imported(code: str) -> set[str]:
+    """The modules that a text imports by name."""
+    nodes = list(ast.walk(ast.parse(code)))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    return named | {name.partition(".")[0] for name in named}

@@ -4,7 +4,8 @@ Answers stay the JSON trees that ``agentrl.judging.plain`` defines: they are che
 such, since a set or dict made of chosen keys can take quadratic time. Equal means: the same type, but an int
 equals a float of its value (a bool only a bool), a set a frozenset, and -0.0 equals 0.0; nan equals nan;
 lists and tuples differ unless ``alike``; dicts and sets have no order. A tolerance t allows a number x to be
-off by t * max(1, \\|x\\|), in lists, tuples and dict values at any depth, not in keys and sets.
+off by t * max(1, \\|x\\|), in lists, tuples and dict values at any depth, not in keys and sets; with
+``numbers_alike`` a bool is equal to its int there, and a complex number to a real one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from agentrl.judging.plain import MOST_BYTES, MOST_DEPTH, MOST_NODES
@@ -103,10 +105,21 @@ def _opened(tree: Any) -> tuple[str, Any]:
     return str(tag), inner
 
 
-def is_equal(expected: Any, got: Any, *, tolerance: float = 0.0, alike: bool = False) -> bool:
+def is_equal(
+    expected: Any,
+    got: Any,
+    *,
+    tolerance: float = 0.0,
+    alike: bool = False,
+    numbers_alike: bool = False,
+) -> bool:
     """Whether two checked trees stand for equal values, as the module says it."""
     kind, value = _opened(expected)
     other_kind, other = _opened(got)
+    if numbers_alike and kind != other_kind:
+        is_complex = "complex" in (kind, other_kind)
+        kind, value = _as_number(kind, value, is_complex=is_complex)
+        other_kind, other = _as_number(other_kind, other, is_complex=is_complex)
     if kind in ("int", "float") and other_kind in ("int", "float"):
         return _is_close(value, other, tolerance)
     if {kind, other_kind} == {"list", "tuple"} and alike:
@@ -117,18 +130,23 @@ def is_equal(expected: Any, got: Any, *, tolerance: float = 0.0, alike: bool = F
         return False
     if kind in ("set", "frozenset"):
         return set(map(_key, value)) == set(map(_key, other))
+    are_equal = partial(is_equal, tolerance=tolerance, alike=alike, numbers_alike=numbers_alike)
     if kind == "dict":
         wanted = {_key(key): item for key, item in value}
         there = {_key(key): item for key, item in other}
         return wanted.keys() == there.keys() and all(
-            is_equal(item, there[key], tolerance=tolerance, alike=alike) for key, item in wanted.items()
+            are_equal(item, there[key]) for key, item in wanted.items()
         )
     if kind in ("list", "tuple", "complex"):
-        return len(value) == len(other) and all(
-            is_equal(one, two, tolerance=tolerance, alike=alike)
-            for one, two in zip(value, other, strict=True)
-        )
+        return len(value) == len(other) and all(map(are_equal, value, other))
     return bool(value == other)
+
+
+def _as_number(kind: str, value: Any, *, is_complex: bool) -> tuple[str, Any]:
+    """A bool as an int, and what is real as a complex number where the other one is."""
+    if kind == "bool":
+        kind, value = "int", int(value)
+    return ("complex", [value, 0.0]) if is_complex and kind in ("int", "float") else (kind, value)
 
 
 def _is_close(wanted: float, got: float, tolerance: float) -> bool:

@@ -1,7 +1,8 @@
 """The inside of a solution's sandbox: it loads a program and answers calls of one function of it.
 
 Messages are frames of ``agentrl.judging.plain``. The judge sends ``["load", setup, solution, entry_point]``
-and gets ``["ready"]``, ``["syntax", text]``, ``["raised", builtin name, text]`` or ``["missing"]``; then
+and gets ``["ready"]``, ``["syntax", text]``, ``["raised", builtin name, text]``, ``["missing"]`` or, where
+it is the setup that can't be run, ``["setup", text]``; then
 ``["calls", [[number, args, kwargs], ...], in place]`` and gets one reply for each call, in order:
 ``[number, "value", tree]`` (where in place, followed by the positional arguments as they are now),
 ``[number, "unplain", type's name]`` or ``[number, "raised", builtin name, text]``.
@@ -92,8 +93,10 @@ def load(setup: str, solution: str, entry_point: str) -> tuple[Any, list[Any]]:
     module = types.ModuleType("solution")
     sys.modules["solution"] = module  # dataclasses and typing look their module up
     try:
-        if setup:
-            exec(compile(setup, "setup.py", "exec", dont_inherit=True), module.__dict__)
+        exec(compile(setup, "setup.py", "exec", dont_inherit=True), module.__dict__)
+    except BaseException as error:
+        return None, ["setup", f"{type(error).__name__}: {text_of(error)}"]
+    try:
         code = compile(solution, "solution.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, OverflowError) as error:  # ValueError: a NUL in it
         return None, ["syntax", text_of(error)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = ["judge_once"]
 # Answers gather in the pipe meanwhile: woken for each, both sides would spend more on that than on the calls.
 _GATHER_S = 0.0003
 _BATCH_CALLS = 64
+_PRINTING_CALLS = 16  # that one output's limit is for
 _BATCH_BYTES = 32 << 10  # of one message of calls: what a pipe takes in without waiting
 
 
@@ -58,6 +59,9 @@ def _kind(test: Test) -> str:
 
 def _run_calls(record: Record, tests: Sequence[CallTest]) -> None:
     talk = _Calls(record, tests)
+    if record.limits.output_kib is not None:  # each call may print something
+        output_kib = record.limits.output_kib * (1 + len(tests) // _PRINTING_CALLS)
+        record.limits = replace(record.limits, output_kib=output_kib)
     with closing(record.open(record.limits)) as sandbox:
         result = record.add(sandbox.run(python("solution_process"), stdin=talk, limits=record.left()))
     record.settle(tests, result, garbled=talk.garbled)
@@ -99,7 +103,8 @@ class _Calls:
             self._record.flags.add("not_plain")
             return "WA", f"{name} returned {said[0][:100]}, which is no plain data"
         expected = encode(test.expected)
-        if is_equal(expected, said[0], tolerance=test.tolerance, alike=test.alike):
+        alike, numbers_alike = test.alike, test.numbers_alike
+        if is_equal(expected, said[0], tolerance=test.tolerance, alike=alike, numbers_alike=numbers_alike):
             return "AC", ""
         if not test.visible:
             return "WA", ""
@@ -130,10 +135,33 @@ def _load(record: Record, line: Line, tests: Sequence[Test]) -> bool:
     loaded = line.receive()
     if loaded == ["ready"]:
         return True
+    if loaded[0] == "setup":
+        _prove_setup(record)
     if loaded[0] not in ("syntax", "raised", "missing"):
         raise Garbled("no answer to a program")
     record.refuse(loaded, tests)
     return False
+
+
+def _prove_setup(record: Record) -> None:
+    """Raise BadData where the problem's setup fails by itself, whatever the solution said of it."""
+
+    def talk(channel: Channel) -> None:
+        line = Line(channel)
+        line.send(["load", record.problem.setup, "", "solve"])
+        with suppress(Garbled):
+            said = line.receive()
+            if said[0] == "setup":
+                raise _fails_by_itself(said[1:])
+
+    with closing(record.open(record.limits)) as sandbox:
+        if sandbox.run(python("solution_process"), stdin=talk, limits=record.limits).status == "lost":
+            raise SandboxLost("a sandbox went away while the setup of a problem was looked at")
+
+
+def _fails_by_itself(said: Sequence[Any]) -> BadData:
+    text = ": ".join(map(str, said))
+    return BadData(f"the setup of a problem fails by itself, with {text}: correct it")
 
 
 def _reply(line: Line, number: int) -> tuple[str, list[Any]]:
@@ -189,7 +217,7 @@ class _Relay:
         try:
             tester.send(["load", problem.setup, problem.entry_point])
             if (loaded := tester.receive()) != ["ready"]:
-                raise BadData(f"the setup of a problem fails by itself, with {loaded[1:]}: correct it")
+                raise _fails_by_itself(loaded[1:])
             self.result = self.solver.run(
                 python("solution_process"),
                 stdin=lambda channel: self._with_both(Line(channel), tester),
@@ -229,6 +257,8 @@ def _asserted(record: Record, test: AssertTest, outcome: str, text: str) -> tupl
             f"test {test.id!r} hands the solution a {text}, no plain data: mark it trust='shared', "
             "or write it with plain data"
         )
+    if outcome == "broken" and test.trust == "remote":
+        raise BadData(f"test {test.id!r} can't be run, with {text}: correct it, or leave it out")
     if outcome == "unplain":
         record.flags.add("not_plain")
     return ("RE" if outcome == "theirs" else "WA"), f"{text or outcome}"
@@ -268,9 +298,9 @@ def _run_shared(record: Record, tests: Sequence[AssertTest]) -> None:
 
 
 def _run_programs(record: Record, tests: Sequence[IOTest]) -> None:
-    if record.limits.output_kib is not None:  # a line's end more than the longest is right, too
+    if record.limits.output_kib is not None:  # blanks at the ends of lines are right, too
         longest = max(len(test.stdout.encode(errors="surrogatepass")) + 1 for test in tests)
-        output_kib = max(record.limits.output_kib, longest // 1024 + 1)
+        output_kib = max(record.limits.output_kib, 2 * longest // 1024 + 1)
         record.limits = replace(record.limits, output_kib=output_kib)
     for test in tests:
         if record.is_late:
@@ -278,6 +308,8 @@ def _run_programs(record: Record, tests: Sequence[IOTest]) -> None:
             continue
         command = _WITH_SETUP if record.problem.setup else _PROGRAM
         result = _run(record, command, test.stdin, expected=test.stdout)
+        if test is tests[0] and record.problem.setup and result.status == "error":
+            _prove_setup(record)
         if test is tests[0] and _may_be_no_python(result) and (wrong := _said_by_the_compiler(record)):
             record.refuse(["syntax", wrong], tests)
             return

@@ -56,6 +56,7 @@ class CallTest:
     expected: Any = None
     tolerance: float = 0.0  # absolute below 1, relative above
     alike: bool = False  # lists and tuples are equal: for what was written as JSON
+    numbers_alike: bool = False  # as in Python: a bool and its int, a complex number and a real one
     visible: bool = False
 
 

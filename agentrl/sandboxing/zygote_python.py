@@ -138,6 +138,7 @@ def _stream(descriptor: int, name: str) -> io.TextIOWrapper:
     stream = io.TextIOWrapper(
         buffer,
         encoding="utf-8",
+        newline="\n",
         errors="backslashreplace" if name == "stderr" else "surrogateescape",
         line_buffering=name == "stderr",
     )
@@ -179,7 +180,9 @@ def _finish(status: int, main: weakref.ref[types.ModuleType]) -> NoReturn:
 
     Threads are joined, exit handlers called and the program's streams flushed. Then its module, the last
     references to which are the interpreter's, is dropped while the first streams are back in place, so that
-    what its objects say as they go is written, too; of these last words no failure is told.
+    what its objects say as they go is written, too; of these last words no failure is told. A collection
+    while everything is there leaves a file before its buffers in the order in which the next one ends them:
+    without it those of a module with functions, which is a circle, would be closed before they are written.
     """
     with suppress(BaseException):
         _join_threads()
@@ -190,11 +193,14 @@ def _finish(status: int, main: weakref.ref[types.ModuleType]) -> NoReturn:
     sys.last_type = sys.last_value = sys.last_traceback = None
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, name, getattr(sys, f"__{name}__", None))
+    gc.collect()
     sys.modules.pop("__main__", None)
     gc.collect()
     left = main()
-    if left is not None:
-        left.__dict__.clear()
+    if left is not None:  # as _PyModule_Clear does it
+        names = [name for name in left.__dict__ if name != "__builtins__"]
+        for name in sorted(names, key=lambda name: not name.startswith("_") or name.startswith("__")):
+            left.__dict__[name] = None
     for stream in (sys.stdout, sys.stderr):
         with suppress(BaseException):
             stream.flush()
