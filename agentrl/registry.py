@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import gymnasium
 
 from agentrl.errors import UnknownName, UserError, did_you_mean
+from agentrl.sandboxing.private import keep_private
 
 if TYPE_CHECKING:
     from agentrl.env import Env
@@ -43,6 +44,12 @@ __all__ = [
 ]
 
 Kind = Literal["environment", "reward", "sandbox"]
+
+_GROUPS: Mapping[Kind, str] = {
+    "environment": "agentrl.environments",
+    "reward": "agentrl.rewards",
+    "sandbox": "agentrl.sandboxes",
+}
 
 _CATALOGUE: Mapping[Kind, Mapping[str, str]] = {
     "environment": {
@@ -182,7 +189,7 @@ def _label(name: Any) -> str:
 
 
 def _names(kind: Kind) -> tuple[str, ...]:
-    declared = (point.name for point in entry_points(group=f"agentrl.{kind}s"))
+    declared = (point.name for point in entry_points(group=_GROUPS[kind]))
     return tuple(sorted({*_registered[kind], *_CATALOGUE[kind], *declared}))
 
 
@@ -195,7 +202,7 @@ def _resolve(name: Any, kind: Kind) -> Any:
         return target
     if ":" in target:
         return _load(target, kind)
-    for point in entry_points(group=f"agentrl.{kind}s", name=name):
+    for point in entry_points(group=_GROUPS[kind], name=name):
         return _load(point.value, kind)
     hint = did_you_mean(name, _names(kind)) or f"; there are {', '.join(_names(kind))}."
     raise UnknownName(
@@ -238,7 +245,9 @@ def _load_module(place: str, kind: Kind) -> Any:
         raise UnknownName(f"{place!r} is no module to take the {kind} from: write 'package.module:Name'")
     _make_importable(Path.cwd())
     with _telling_why(place, kind):
-        return importlib.import_module(place)
+        module = importlib.import_module(place)
+    keep_private(*getattr(sys.modules[place.partition(".")[0]], "__path__", ()))
+    return module
 
 
 @contextmanager
@@ -282,6 +291,7 @@ def _load_file(path: Path, kind: Kind) -> Any:
     if name in sys.modules:
         return sys.modules[name]
     _make_importable(path.parent)
+    keep_private(path.parent)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UnknownName(f"{path} can't be imported as Python: a {kind} file ends in .py")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agentrl.errors import BadConfig, BadData, MissingExtra, did_you_mean
+from agentrl.sandboxing.private import keep_private
 
 __all__ = ["Files", "Hub", "Row", "Source", "find_source", "text_of"]
 
@@ -51,6 +52,9 @@ class Files:
 
     name: str
     splits: Mapping[str, Path]
+
+    def __post_init__(self) -> None:
+        keep_private(*(path.parent for path in self.splits.values()))
 
     def rows(self, split: str) -> Iterator[tuple[str, Row]]:
         """Each row with its ``file:line``; of a ``.json`` file, which holds one list, with its position."""

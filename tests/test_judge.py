@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -190,6 +192,74 @@ def test_an_exception_that_wants_more_than_a_text_reaches_a_test_as_its_base(jud
     problem = Problem(entry_point="f", tests=(AssertTest(id="a", code=code),))
     assert judge.judge("def f(x):\n    return bytes.fromhex(x).decode()", problem).verdict == "AC"
     assert judge.judge("def f(x):\n    raise KeyError", problem).verdict == "RE"
+
+
+def test_what_is_printed_to_look_like_a_test_runner_costs_little(judge: Judge) -> None:
+    """Each piece could begin a summary: a pattern that reads on from each would take minutes."""
+    flood = "import sys\nsys.stderr.write('1 passed, ' * 100_000 + '9' * 500_000)\n"
+    verdict = Judge(make_sandbox("process"), limits=replace(_TRUSTED, output_kib=4096)).judge(
+        flood + _INCREMENT, _CALLS
+    )
+    assert (verdict.verdict, verdict.flags) == ("AC", ())
+
+
+def test_every_call_may_print_something(judge: Judge) -> None:
+    tests = tuple(CallTest(id=str(n), args=(n,), expected=n + 1) for n in range(1000))
+    chatty = "def f(x):\n    print('debug' * 300)\n    return x + 1\n"
+    assert judge.judge(chatty, Problem(entry_point="f", tests=tests)).verdict == "AC"
+
+
+def test_blanks_at_the_ends_of_many_lines_are_not_too_much(judge: Judge) -> None:
+    lines = "".join(f"{n % 10}\n" for n in range(60_000))
+    problem = Problem(tests=(IOTest(id="t", stdin="", stdout=lines),))
+    for end in (" ", "\\r"):
+        source = f"for n in range(60_000):\n    print(n % 10, end='{end}\\n')\n"
+        assert judge.judge(source, problem).verdict == "AC"
+
+
+@pytest.mark.parametrize("setup", ["import no_such_module", "1 / 0", "def (:"])
+@pytest.mark.parametrize(
+    "tests",
+    [
+        (CallTest(id="t", args=(1,), expected=2),),
+        (AssertTest(id="t", code="assert f(1) == 2"),),
+        (IOTest(id="t", stdin="", stdout="2\n"),),
+    ],
+)
+def test_a_setup_that_fails_by_itself_is_the_problems_fault(
+    judge: Judge, setup: str, tests: tuple[Any, ...]
+) -> None:
+    with pytest.raises(BadData, match="the setup of a problem fails by itself, with .*Error"):
+        judge.judge(f"{_INCREMENT}print(f(1))", Problem(entry_point="f", setup=setup, tests=tests))
+
+
+def test_a_solution_can_not_blame_the_setup(judge: Judge) -> None:
+    forged = (
+        'import os, struct\ndata = b\'["setup", "ValueError: no"]\'\n'
+        "for number in range(3, 20):\n    try:\n"
+        "        os.write(number, struct.pack('>I', len(data)) + data)\n"
+        "    except OSError:\n        pass\n"
+    )
+    problem = Problem(entry_point="f", setup="x = 1", tests=(CallTest(id="t", args=(1,), expected=2),))
+    verdict = judge.judge(forged + _INCREMENT, problem)
+    assert (verdict.verdict, verdict.fault) == ("RE", "policy")
+    assert "garbled" in verdict.flags
+
+
+@pytest.mark.parametrize(
+    "code", ["assert f(1) == = 2", "import no_such_module\nassert f(1) == 2", "from no_such import x\nf(1)"]
+)
+def test_a_test_that_can_not_be_run_is_the_problems_fault(judge: Judge, code: str) -> None:
+    problem = Problem(entry_point="f", tests=(AssertTest(id="t", code=code),))
+    with pytest.raises(BadData, match="test 't' can't be run, with .*Error"):
+        judge.judge(_INCREMENT, problem)
+
+
+def test_a_module_that_a_solution_names_is_its_own_fault(judge: Judge) -> None:
+    problem = Problem(entry_point="f", tests=(AssertTest(id="t", code="__import__(f(1))"),))
+    assert judge.judge("def f(x):\n    return 'no_such_module'", problem).verdict == "WA"
+    lacking = "def f(x):\n    import no_such_module\n"
+    assert judge.judge(lacking, problem).verdict == "RE"
 
 
 def test_what_is_expected_to_be_printed_is_no_sign_of_cheating(judge: Judge) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Mine(ToolEnv):
 
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_registered", {"environment": {}, "reward": {}})
+    monkeypatch.setattr(registry, "_registered", {"environment": {}, "reward": {}, "sandbox": {}})
 
 
 @pytest.fixture
@@ -94,16 +94,30 @@ def test_an_unknown_kind_is_refused() -> None:
         agentrl.register("x", Mine, kind="engine")  # type: ignore[arg-type]
 
 
-def test_an_installed_package_declares_environments(monkeypatch: pytest.MonkeyPatch, module: Path) -> None:
-    point = importlib.metadata.EntryPoint("declared", "registry_probe:Inner.Deep", "agentrl.environments")
+@pytest.mark.parametrize(
+    ("group", "listed"),
+    [
+        ("agentrl.environments", agentrl.list_environments),
+        ("agentrl.rewards", agentrl.list_rewards),
+        ("agentrl.sandboxes", registry.list_sandboxes),
+    ],
+)
+def test_an_installed_package_declares_names(
+    monkeypatch: pytest.MonkeyPatch, module: Path, group: str, listed: Callable[[], Sequence[str]]
+) -> None:
+    point = importlib.metadata.EntryPoint("declared", "registry_probe:Inner.Deep", group)
 
     def entry_points(*, group: str, name: str = "declared") -> list[importlib.metadata.EntryPoint]:
         return [point] if (group, name) == (point.group, point.name) else []
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
-    assert type(agentrl.make("declared")).__name__ == "Deep"
-    assert "declared" in agentrl.list_environments()
-    assert "declared" not in agentrl.list_rewards()
+    assert "declared" in listed()
+    others = {agentrl.list_environments, agentrl.list_rewards, registry.list_sandboxes} - {listed}
+    assert not any("declared" in other() for other in others)
+    if group == "agentrl.environments":
+        assert type(agentrl.make("declared")).__name__ == "Deep"
+    if group == "agentrl.sandboxes":
+        registry.check_sandbox("declared")
 
 
 def test_module_and_file_names_reach_into_them(module: Path) -> None:

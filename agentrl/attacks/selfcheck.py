@@ -23,7 +23,7 @@ from agentrl.attacks.catalogue import COMMANDS
 from agentrl.attacks.scenarios import SCENARIOS
 from agentrl.attacks.stage import Stage
 from agentrl.attacks.verdict_trials import CONTROLS, verdict_trials
-from agentrl.errors import AgentRLError, BadConfig, did_you_mean
+from agentrl.errors import BadConfig, did_you_mean
 from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend
 
@@ -91,7 +91,7 @@ def self_check(
     """Try a backend's contract, and with ``adversarial`` every attack; ``only``: names, or groups.
 
     A backend of a name is made and closed here; another stays its owner's to close, but is closed once all
-    its sandboxes are. Raises BadConfig where it is not available, or ``only`` names nothing.
+    its sandboxes are. Raises BadConfig where it is not available, or ``only`` names what there is not.
     """
     made = make_sandbox(backend)
     rows: list[Row] = []
@@ -141,15 +141,15 @@ def _checks(adversarial: bool) -> Iterator[Check]:
 
 def _chosen(checks: Iterable[Check], only: Sequence[str]) -> list[Check]:
     known = list(checks)
-    found = [check for check in known if not only or check.name in only or check.group in only]
-    if not found:
+    names = [name for check in known for name in (check.name, check.group)]
+    unknown = [name for name in only if name not in names]
+    if unknown:
         groups = ", ".join(dict.fromkeys(check.group for check in known))
-        hint = did_you_mean(only[0], [name for check in known for name in (check.name, check.group)])
         raise BadConfig(
-            f"nothing of the self-check has the name or the group {', '.join(only)}{hint}; the groups are "
-            f"{groups}; those of attacks need --adversarial"
+            f"nothing of the self-check has the name or the group {', '.join(unknown)}"
+            f"{did_you_mean(unknown[0], names)}; the groups are {groups}; those of attacks need --adversarial"
         )
-    return found
+    return [check for check in known if not only or check.name in only or check.group in only]
 
 
 def _tried(check: Check, stage: Stage) -> Row:
@@ -160,7 +160,7 @@ def _tried(check: Check, stage: Stage) -> Row:
         broken = check.play(stage)
     except NotEnforced as lacking:
         return Row(name=check.name, group=check.group, result="not enforced", detail=str(lacking))
-    except (AgentRLError, OSError) as error:  # a third party's backend may fail in any check
+    except Exception as error:  # a third party's backend may fail in any check, in any way
         broken = f"{type(error).__name__}: {error}"
     return Row(
         name=check.name,

@@ -31,12 +31,15 @@ def survey_all() -> Mapping[str, Survey]:
 def _surveyed(name: str) -> Survey:
     try:
         backend = make_sandbox(name)
+        try:
+            return backend.survey()
+        finally:
+            backend.close()
     except MissingExtra as error:
         return Survey(available=False, note=str(error))
-    try:
-        return backend.survey()
-    finally:
-        backend.close()
+    # A third party's backend may fail in any way, and the others are to be told of.
+    except Exception as error:
+        return Survey(available=False, note=f"it fails: {type(error).__name__}: {error}")
 
 
 def strongest(limits: Limits) -> Backend:

@@ -24,8 +24,8 @@ from agentrl.attacks.stage import Stage
 from agentrl.attacks.verdict_trials import verdict_trials
 from agentrl.cli import app
 from agentrl.errors import BadConfig
-from agentrl.registry import make_sandbox
-from agentrl.sandbox import GUARANTEES, LIMITS, Backend, Limits, Survey
+from agentrl.registry import _registered, make_sandbox
+from agentrl.sandbox import GUARANTEES, LIMITS, Backend, Limits, Sandbox, Survey
 from agentrl.sandboxing.doctor import strongest, survey_all
 
 # Where no engine answers, docker's SDK leaves the socket of its connection to the garbage collector.
@@ -148,6 +148,39 @@ def test_the_contract_holds_for_the_process_backend_as_far_as_it_goes() -> None:
 def test_a_name_that_is_no_check_is_refused() -> None:
     with pytest.raises(BadConfig, match="nothing of the self-check has the name"):
         self_check("process", only=["no such check"])
+    with pytest.raises(BadConfig, match="name or the group contrcat; did you mean 'contract'"):
+        self_check("process", only=["exit code and output are told", "contrcat"])
+
+
+class _Breaks:
+    """A backend with a bug."""
+
+    name = "breaks"
+
+    def survey(self) -> Survey:
+        return make_sandbox("process").survey()
+
+    def open(self, limits: Limits) -> Sandbox:
+        raise TypeError("a bug of its own")
+
+    def sweep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_backend_with_a_bug_has_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = self_check(_Breaks(), only=["exit code and output are told"])
+    assert [row.detail for row in report.broken] == ["TypeError: a bug of its own"]
+
+    def fails() -> Backend:
+        raise RuntimeError("no such machine")
+
+    monkeypatch.setitem(_registered["sandbox"], "fails", fails)
+    surveys = survey_all()
+    assert surveys["fails"].note == "it fails: RuntimeError: no such machine"
+    assert surveys["process"].available
 
 
 def test_a_self_check_leaves_nothing_behind() -> None:

@@ -168,6 +168,17 @@ def test_lists_and_tuples_are_alike_where_it_is_said() -> None:
     assert not is_equal(encode([1, [2]]), encode((1, (3,))), alike=True)
 
 
+def test_numbers_are_alike_where_it_is_said_as_in_python() -> None:
+    for one, other in ((True, 1), (0.0, False), (1, 1 + 0j), (2.5 + 0j, 2.5), (True, 1 + 0j), ([True], [1])):
+        assert one == other
+        assert is_equal(encode(one), encode(other), numbers_alike=True)
+        assert is_equal(encode(other), encode(one), numbers_alike=True)
+        assert not is_equal(encode(one), encode(other))
+    for one, other in ((True, 2), (1, 1 + 1j), (True, "True"), (None, False), ("1", 1), (math.inf, 1 + 0j)):
+        assert not is_equal(encode(one), encode(other), numbers_alike=True)
+        assert not is_equal(encode(other), encode(one), numbers_alike=True)
+
+
 def test_keys_that_collide_on_purpose_take_no_longer() -> None:
     prime = (1 << 61) - 1  # hashes of integers are modulo this
     tree = {"set": [{"int": hex(index * prime)} for index in range(1 << 3, 20_000)]}

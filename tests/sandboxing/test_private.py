@@ -12,16 +12,21 @@ import pytest
 
 import agentrl
 from agentrl.registry import make_sandbox
+from agentrl.rows import Files
 from agentrl.sandbox import Limits
+from agentrl.sandboxing import private
 from agentrl.sandboxing.private import hidden_in, private_folders
 
 
 def test_the_library_and_the_working_directory_are_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(private, "_kept", set())  # by other tests, some in a folder around this one
     monkeypatch.chdir(tmp_path)
     folders = private_folders()
-    assert {os.path.realpath(folder) for folder in (*agentrl.__path__, tmp_path)} <= {*folders}
+    for hidden in (*agentrl.__path__, tmp_path):
+        path = Path(hidden).resolve()
+        assert any(path.is_relative_to(folder) for folder in folders)
 
 
 @pytest.mark.parametrize("folder", ["/", "/usr", "/usr/local", "/usr/lib", "/usr/bin", "stdlib"])
@@ -35,6 +40,20 @@ def test_a_folder_is_hidden_where_it_is_seen_but_not_one_that_was_asked_for() ->
     shown = {"/usr": "/usr", "/opt/venv/packages": "/packages/0"}
     private = ["/usr/src/app", "/usr2/x", "/opt/venv/packages/agentrl", "/opt/venv/packages"]
     assert hidden_in(shown, private) == ["/usr/src/app", "/packages/0/agentrl"]
+
+
+def test_where_data_and_what_is_named_by_its_file_lie_is_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(private, "_kept", set())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "env.py").write_text("from agentrl.environments.calculator import Calculator\n")
+    agentrl.make(f"{tmp_path}/mine/env.py:Calculator")
+    Files("data", {"train": tmp_path / "data" / "train.jsonl"})
+    assert {str(tmp_path / "mine"), str(tmp_path / "data")} <= {*private_folders()}
+    Files("more", {"train": tmp_path / "all.jsonl"})  # around the others, which need not be named then
+    assert str(tmp_path) in private_folders()
+    assert str(tmp_path / "data") not in private_folders()
 
 
 @pytest.fixture

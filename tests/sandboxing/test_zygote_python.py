@@ -23,6 +23,7 @@ def sandbox() -> Iterator[Sandbox]:
     backend.close()
 
 
+_INPUT = b"some input\r\nof lines\rthat end so\n"
 _REPLACED = "import atexit, io, os, sys\nold = sys.stdout; sys.stdout = io.StringIO()\n"
 _WRAPPER = """
 import os, sys
@@ -118,6 +119,16 @@ _LIKE_A_FRESH_ONE = {
     "class A:\n    def __del__(self): print('dropped')\ndef f(): a = A(); 1 / 0\nf()": (),
     "import sys, os\nclass A:\n    def __del__(self): print('x', end=''); os.close(1)\na = A()": (),
     "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))))": (),
+    "import sys\nprint(repr(sys.stdin.read()))": (),
+    "print(repr(input()), repr(input()))": (),
+    # a file, its buffer and its text, in a circle with the functions of the program
+    "out = open(1, 'w')\ndef main(): out.write('kept')\nmain()": (),
+    "import io\nout = io.BufferedWriter(io.FileIO(1, 'w'))\ndef main(): out.write(b'kept')\nmain()": (),
+    "class Out:\n    out = open(1, 'w')\n    def say(self): self.out.write('kept')\nOut().say()": (),
+    "import functools, os\nprint = functools.partial(print, file=os.fdopen(1, 'w'))\n"
+    "def main(): print('kept')\nmain()": (),
+    "class A:\n    def __del__(self): print('gone')\na = A(); _b = [a, A()]; a.b = _b\ndef f(): a": (),
+    "import __main__, sys\nsys.modules['kept'] = __main__\n_a = open(1, 'w'); _a.write('kept')": (),
 }
 
 
@@ -131,12 +142,12 @@ def test_python_code_does_what_it_does_in_a_fresh_python(sandbox: Sandbox, code:
             code,
             *(os.fsencode(word) for word in words),
         ],
-        input=b"some input",
+        input=_INPUT,
         capture_output=True,
         env={"LANG": "C.UTF-8"},
         timeout=60,
     )
-    ours = sandbox.run(["python3", "-c", code, *words], stdin=b"some input")
+    ours = sandbox.run(["python3", "-c", code, *words], stdin=_INPUT)
     code_or_signal = ours.exit_code if ours.exit_code is not None else -(ours.signal or 0)
     assert (code_or_signal, ours.stdout, ours.stderr) == (fresh.returncode, fresh.stdout, fresh.stderr)
 
