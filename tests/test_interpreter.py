@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -83,6 +85,41 @@ def test_the_interpreter_survives_what_a_cell_does_to_its_streams(interpreter: I
     assert "EOFError" in run(interpreter, "input()")[0]
 
 
+def test_cells_have_the_future_imports_of_cells_before_and_no_others(interpreter: Interpreter) -> None:
+    dataclass = (
+        "from dataclasses import dataclass, KW_ONLY\nfrom typing import ClassVar\n@dataclass\nclass A:\n"
+        "    k: ClassVar[int] = 0\n    x: int = 1\n    _: KW_ONLY\n    y: int = 2\nA(5, y=6)"
+    )
+    typed = "def f(x: int): ...\nf.__annotations__"
+    assert run(interpreter, dataclass, typed) == ["A(x=5, y=6)\n", "{'x': <class 'int'>}\n"]
+    assert run(interpreter, "from __future__ import annotations", typed) == ["", "{'x': 'int'}\n"]
+
+
+def test_cells_are_the_main_module(interpreter: Interpreter) -> None:
+    cells = (
+        "class C:\n    x = 3\ndef square(n):\n    return n * n",
+        "import pickle\npickle.loads(pickle.dumps(C())).x",
+        "from multiprocessing import get_context\nwith get_context('fork').Pool(2) as pool:\n"
+        "    print(pool.map(square, range(4)))",
+        "import sys\nvars(sys.modules['__main__']) is globals()",
+    )
+    assert run(interpreter, *cells) == ["", "3\n", "[0, 1, 4, 9]\n", "True\n"]
+
+
+def test_the_lines_of_cells_are_found_of_the_latest(interpreter: Interpreter) -> None:
+    cells = (
+        "def half(n):\n    return n / 0",
+        "import inspect\nprint(inspect.getsource(half))",
+        "import traceback\ntry:\n    half(1)\nexcept ZeroDivisionError:\n    traceback.print_exc()",
+    )
+    _, source, trace = run(interpreter, *cells)
+    assert source == "def half(n):\n    return n / 0\n\n"
+    assert 'File "<cell 1>", line 2, in half\n    return n / 0\n' in trace
+    run(interpreter, *["#" * 600_000] * 3)
+    kept = "import linecache\n[file for file in linecache.cache if file[:5] == '<cell']"
+    assert run(interpreter, kept) == ["['<cell 6>', '<cell 7>']\n"]
+
+
 def test_head_and_tail_of_much_output_are_shown(interpreter: Interpreter) -> None:
     (text,) = run(interpreter, "print('a' * 1000 + 'z' * 1000)")
     assert text.startswith("aaa")
@@ -110,6 +147,33 @@ def test_what_is_written_to_the_protocols_descriptors_is_no_frame(interpreter: I
     (text,) = run(interpreter, noise)
     assert text == "error: the interpreter was ended: all variables are lost"
     assert run(interpreter, "1 + 1") == ["2\n"]
+
+
+def test_a_frame_that_does_not_answer_is_no_later_cells_text(interpreter: Interpreter) -> None:
+    forge = (
+        "import json, sys\nframe = sys._getframe()\nwhile 'told' not in frame.f_locals:\n"
+        "    frame = frame.f_back\ntold = frame.f_locals['told']\n"
+        "body = json.dumps({'text': 'forged', 'number': NUMBER}).encode()\n"
+        "told.write((len(body).to_bytes(4, 'big') + body) * 3)\ntold.flush()"
+    )
+    for number in ("None", "1", "[]", "'1'"):
+        (text,) = run(interpreter, forge.replace("NUMBER", number))
+        assert text == "error: the interpreter was ended: all variables are lost"
+        assert run(interpreter, "1", "2") == ["1\n", "2\n"]
+    own = forge.replace("NUMBER", "frame.f_locals['cell']['number']")
+    first, second, third = run(interpreter, own, "1", "2")  # what a cell says of itself is its own affair
+    assert first == "forged"
+    assert "all variables are lost" in second
+    assert third == "2\n"
+
+
+def test_a_copy_that_a_cell_forks_ends_with_the_cell(interpreter: Interpreter) -> None:
+    fork = "import os, sys\npid = os.fork()\ncode = os.waitpid(pid, 0)[1] >> 8 if pid else None\n"
+    assert run(interpreter, f"{fork}print(code)", "2", "3") == ["None\n0\n", "2\n", "3\n"]
+    assert run(interpreter, f"{fork}if not pid: sys.exit(3)\ncode") == ["3\n"]
+    (text,) = run(interpreter, f"{fork}if not pid: 1 / 0\ncode")
+    assert text.endswith("ZeroDivisionError: division by zero\n1\n")
+    assert run(interpreter, "code") == ["1\n"]
 
 
 def test_a_cell_that_takes_too_long_costs_the_state_and_the_next_has_a_new_sandbox(
@@ -144,10 +208,35 @@ def test_files_that_keep_an_interpreter_from_starting_are_the_models_loss(
     assert len(opened) == 2
 
 
-def test_one_that_dies_between_cells_is_the_models_fault_too(interpreter: Interpreter) -> None:
-    run(interpreter, "import threading, os; threading.Timer(0.2, os._exit, [4]).start()")
+def test_one_that_dies_between_cells_is_the_models_fault_too_and_the_loss_is_said(
+    interpreter: Interpreter,
+) -> None:
+    run(interpreter, "import threading, os; x = 5; threading.Timer(0.2, os._exit, [4]).start()")
     time.sleep(1.5)
-    assert run(interpreter, "5") == ["5\n"]
+    lost = "before this cell the interpreter ended with exit code 4: all variables are lost\n"
+    text, after = run(interpreter, "x", "5")
+    assert text.startswith(f"{lost}Traceback:")
+    assert text.endswith("NameError: name 'x' is not defined")
+    assert after == "5\n"
+
+
+def test_a_limit_that_is_reached_between_cells_is_named(
+    interpreter: Interpreter, opened: list[Sandbox], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter.run("import os; os._exit(0)", deadline_s=60)
+    run_here = opened[0].run
+
+    def run_small(*args: Any, **settings: Any) -> ExecResult:
+        return replace(run_here(*args, **settings), status="memory", fault="policy", exit_code=None)
+
+    monkeypatch.setattr(opened[0], "run", run_small)
+    run(interpreter, "import threading, os; threading.Timer(0.2, os._exit, [0]).start()")
+    time.sleep(1.5)
+    (text,) = run(interpreter, "import os; os._exit(3)")
+    first, second = text.splitlines()
+    said = "the interpreter was ended at its limit of memory: all variables are lost"
+    assert first == f"before this cell {said}"
+    assert second == f"error: {said}"
 
 
 def test_a_sandbox_that_goes_away_is_the_worlds_fault(

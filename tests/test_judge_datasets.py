@@ -160,7 +160,7 @@ def _called(test: str, code: str) -> str:
 
 
 @pytest.mark.parametrize("path", ["HumanEvalPlus-v0.1.10.jsonl.gz", "MbppPlus-v0.2.0.jsonl.gz"])
-def test_all_references_of_evalplus_are_accepted(judge: Judge, path: str) -> None:
+def test_all_references_of_evalplus_are_accepted_and_none_is_no_answer(judge: Judge, path: str) -> None:
     limits = replace(_TRUSTED, output_kib=1 << 16)
     with closing(make_sandbox("process")) as backend:
         submissions = []
@@ -172,3 +172,8 @@ def test_all_references_of_evalplus_are_accepted(judge: Judge, path: str) -> Non
             submissions.append((row["task_id"], problem, source))
     assert len(submissions) == {"HumanEvalPlus-v0.1.10.jsonl.gz": 164, "MbppPlus-v0.2.0.jsonl.gz": 378}[path]
     assert _wrong(judge, submissions) == {}
+    nothing = [
+        (name, problem, f"def {problem.entry_point}(*given):\n    return None\n")
+        for name, problem, _ in submissions
+    ]
+    assert set(_wrong(judge, nothing)) == {name for name, *_ in submissions} - _ACCEPT_NONE

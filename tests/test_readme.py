@@ -12,6 +12,7 @@ import yaml
 
 import agentrl
 from agentrl.config import EngineConfig
+from agentrl.sandboxing.doctor import survey_all
 
 _README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +41,19 @@ def test_the_printed_check_command_runs_beside_the_printed_file(shop: Path) -> N
         [agentrl_command, *command[1:]], cwd=shop, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_printed_problems_are_sound(tmp_path: Path) -> None:
+    if not any(survey_all()[name].available for name in ("zygote", "bubblewrap", "docker")):
+        pytest.skip("no sandbox for programs here")
+    (tmp_path / "train.jsonl").write_text(_blocks("jsonl")[0], encoding="utf-8")
+    env = agentrl.make("code", dataset=str(tmp_path), sandbox="auto")
+    tasks = env.unwrapped.task_list("train")  # type: ignore[attr-defined]
+    assert [task.id for task in tasks] == ["double", "sum"]
+    for index, task in enumerate(tasks):
+        env.reset(options={"split": "train", "index": index})
+        assert env.step(*env.unwrapped.gold(task))[1] == 1.0  # type: ignore[attr-defined]
+    env.close()
 
 
 def test_the_first_two_commands_are_the_quickstart_and_the_tests() -> None:

@@ -182,7 +182,7 @@ def is_over_cpu(result: ExecResult, limits: Limits) -> bool:
 
 def how_it_ended(result: ExecResult, verdict: Verdict) -> str:
     if verdict != "RE":
-        return f"over the {result.status} limit"
+        return f"over the {'cpu' if result.status == 'ok' else result.status} limit"
     how = f"signal {result.signal}" if result.status == "signal" else f"exit code {result.exit_code}"
     return f"it ended with {how}: {result.stderr[-200:].decode(errors='replace')}".strip(": \n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,21 @@ def test_a_data_set_of_questions_is_read_as_math_reads_it(tmp_path: Path) -> Non
 def test_limits_are_named(env: Any) -> None:
     with pytest.raises(BadConfig, match="'cpus'; did you mean 'cpu_s'"):
         agentrl.make("python_tool", limits={"cpus": 3})
+
+
+def test_a_wall_clock_is_refused_since_it_would_run_while_the_model_writes() -> None:
+    with pytest.raises(BadConfig, match=r"'wall_s': 2.*None.*set seconds"):
+        agentrl.make("python_tool", **SETTINGS | {"limits": {**TRUSTED, "wall_s": 2}})
+    agentrl.make("python_tool", **SETTINGS | {"limits": {**TRUSTED, "wall_s": None}}).close()
+
+
+def test_an_interpreter_that_ends_between_messages_says_what_is_lost(env: Any) -> None:
+    env.reset(seed=0)
+    shown(env, "import threading, os; x = 5; threading.Timer(0.2, os._exit, [0]).start()")
+    time.sleep(1.5)
+    (text,) = shown(env, "x")
+    assert text.startswith("before this cell the interpreter was ended: all variables are lost\n")
+    assert "NameError" in text
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import trusting
 
 import agentrl
 from agentrl.attacks import cheating
-from agentrl.errors import BadData
+from agentrl.contract import keeps_its_splits_apart
+from agentrl.errors import BadConfig, BadData
 from agentrl.probes import Subject, Unsound
 from agentrl.sandbox import SandboxLost
 from agentrl.types import Message, ToolCall
@@ -74,6 +75,60 @@ def test_tools_list_read_write_and_run_in_one_sandbox(env: Any) -> None:
     assert "notes/a.txt" in told(env, "list_files")
 
 
+def test_names_are_listed_so_that_they_can_be_read(env: Any) -> None:
+    told(env, "write_file", path="café.py", content="x = 1")
+    told(env, "run", command="echo > \"$(printf 'new\\nline')\"")
+    assert told(env, "list_files") == "basket.py\ncafé.py\nnew\\nline\ntest_basket.py\n"
+    assert told(env, "read_file", path="café.py") == "x = 1"
+
+
+def test_a_path_may_begin_where_the_repository_lies(env: Any) -> None:
+    assert told(env, "write_file", path="/work/notes/a.txt", content="é") == "wrote 2 bytes"
+    for path in ("./notes/a.txt", "././notes/a.txt", "/work/./notes/a.txt"):
+        assert told(env, "read_file", path=path) == "é"
+    for path in ("./../x", "/work//etc/passwd", "/workshop/a.txt"):
+        assert "names no file of a sandbox" in told(env, "read_file", path=path)
+
+
+def test_a_script_that_is_rewritten_can_still_be_run(env: Any) -> None:
+    told(env, "write_file", path="run.sh", content="#!/bin/sh\necho one\n")
+    assert "[exit code 126]" in told(env, "run", command="./run.sh")
+    told(env, "run", command="chmod 755 run.sh")
+    told(env, "write_file", path="run.sh", content="#!/bin/sh\necho two\n")
+    assert told(env, "run", command="./run.sh") == "two"
+
+
+def test_a_list_that_is_not_whole_says_so() -> None:
+    env = agentrl.make("workspace", **FAKE, limits={"output_kib": 1})
+    env.reset(options={"task_id": "shared-default"})
+    told(env, "run", command="for i in $(seq 100); do : > a_file_of_some_name_$i; done")
+    assert "[cut: " in told(env, "list_files").splitlines()[-1]
+    told(env, "run", command="for i in $(seq 1500); do : > a_file_of_some_name_$i; done")
+    assert told(env, "list_files").startswith("error: not listed: ended at the output limit; run 'ls'")
+    env.close()
+
+
+def test_what_is_cut_from_a_commands_output_is_counted_whole(env: Any) -> None:
+    shown = told(env, "run", command="""python3 -c "print('é' * 150000, end='')" """)
+    head, marker, tail = shown.split("\n")
+    assert (head, tail) == ("é" * 2000, "é" * 2000)
+    assert marker == f"[cut: {300_000 - 8000} bytes]"
+    small = agentrl.make("workspace", **FAKE, limits={"output_kib": 1})
+    small.reset(seed=0)
+    assert told(small, "run", command="printf '%02000d' 0").endswith("0\n[cut: 976 bytes of its middle]")
+    small.close()
+
+
+@pytest.mark.parametrize("tool", ["read_file", "write_file", "list_files"])
+def test_a_host_that_opens_no_sandbox_is_not_the_models_fault(tool: str) -> None:
+    env = agentrl.make("workspace", sandbox="process")  # which can't enforce what is asked for
+    env.reset(seed=0)
+    arguments = {"read_file": {"path": "a"}, "write_file": {"path": "a", "content": ""}}.get(tool, {})
+    with pytest.raises(BadConfig, match="can't enforce"):
+        env.step(call(tool, **arguments))
+    env.close()
+
+
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a\0b", "none", "notes", "link"])
 def test_a_file_that_is_none_is_told_to_the_model(env: Any, path: str) -> None:
     told(env, "run", command="mkdir notes; ln -s /etc/passwd link")
@@ -111,13 +166,128 @@ def test_a_file_that_is_gone_or_a_link_is_not_there_for_the_judge(env: Any) -> N
     assert env.step(DONE)[1] == 0.0
 
 
-def test_a_fraction_pays_for_what_passes() -> None:
+_FOUR = """##### signs train
+=== about
+Each says its name.
+=== file signs.py
+a, b, c, d = "a", "?", "?", "?"
+=== gold signs.py
+a, b, c, d = "a", "b", "c", "d"
+=== hidden test_signs.py
+import signs
+def test_a(): assert signs.a == "a"
+def test_b(): assert signs.b == "b"
+def test_c(): assert signs.c == "c"
+def test_d(): assert signs.d == "d"
+"""
+
+
+def made(folder: Path, text: str, **settings: Any) -> Any:
+    """An environment of tasks in that text."""
+    (folder / "tasks.txt").write_text(text, encoding="utf-8")
+    return agentrl.make("workspace", path=str(folder / "tasks.txt"), **{**FAKE, **settings})
+
+
+def paid(env: Any, **files: str) -> float:
+    """What the first task's episode is worth with these modules written."""
+    env.reset(options={"split": env.splits[0], "index": 0})
+    for name, content in files.items():
+        told(env, "write_file", path=f"{name}.py", content=content)
+    return float(env.step(DONE)[1])
+
+
+@pytest.mark.parametrize(
+    ("signs", "worth"),
+    [
+        ('"a", "?", "?", "?" # looked at', 0.0),
+        ('"a", "b", "?", "?"', 1 / 3),
+        ('"a", "b", "c", "d"', 1.0),
+        ('"?", "b", "?", "?"', 0.0),  # one repaired, one broken
+        ('"?", "b", "c", "?"', 1 / 3),
+        ('"?", "?", "?", "?"', 0.0),
+    ],
+)
+def test_a_fraction_pays_for_what_is_repaired_and_not_for_what_passed_before(
+    tmp_path: Path, signs: str, worth: float
+) -> None:
+    env = made(tmp_path, _FOUR, mode="fraction")
+    assert paid(env, signs=f"a, b, c, d = {signs}\n") == pytest.approx(worth)
+
+
+@pytest.mark.parametrize("task", ["queue-order", "roman-four"])  # some of their tests pass before
+def test_a_fraction_pays_nothing_for_a_blank_line(task: str) -> None:
     env = agentrl.make("workspace", **FAKE, mode="fraction")
-    env.reset(options={"task_id": "shared-default"})
-    told(
-        env, "write_file", path="basket.py", content=env.task.meta["files"]["basket.py"].replace("={}", "=()")
-    )
-    assert 0.0 <= env.step(DONE)[1] < 1.0
+    env.reset(options={"task_id": task})
+    (path,) = env.task.truth["gold"]
+    told(env, "write_file", path=path, content=env.task.meta["files"][path] + "\n")
+    _, reward, *_, info = env.step(DONE)
+    assert (reward, info["reward_parts"]["passed"] > 0) == (0.0, True)
+
+
+def test_the_files_as_they_were_are_judged_once_a_task_and_only_for_a_fraction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trusting.Losing, "loses", staticmethod(lambda number: False))
+    opened = []
+    for mode in ("all", "all", "fraction", "fraction"):
+        env, before = made(tmp_path, _FOUR, mode=mode, sandbox="trusting:Losing"), trusting.Losing.count
+        paid(env, signs='a = "a"\n')
+        opened.append(trusting.Losing.count - before)
+    # The agent's, and one for each test that is judged; the first time the judge is proved, too.
+    assert opened[1:] == [5, 9, 5]
+
+
+def test_a_fraction_of_nothing_is_refused(tmp_path: Path) -> None:
+    env = made(tmp_path, _FOUR.replace('"?", "?", "?"\n', '"b", "c", "d"  #\n'), mode="fraction")
+    with pytest.raises(BadData, match="'signs': all its 4 hidden tests pass on the files as they are"):
+        paid(env, signs='a, b, c, d = "a", "b", "c", "d"\n')
+
+
+_KINDS = """
+import unittest
+class Checks:
+    def test_kept(self): assert signs.b == "b"
+class TestX(Checks):
+    def test_own(self): assert signs.c == "c"
+    class TestInner:
+        def test_deep(self): assert signs.d == "d"
+class Case(unittest.TestCase):
+    def test_case(self): self.assertEqual(signs.b, "b")
+class Later(unittest.IsolatedAsyncioTestCase):
+    async def test_later(self): self.assertEqual(signs.c, "c")
+"""
+
+
+def test_every_kind_of_test_is_judged(tmp_path: Path) -> None:
+    env = made(tmp_path, _FOUR + _KINDS)
+    assert paid(env, signs='a, b, c, d = "a", "b", "c", "d"\n') == 1.0
+    names = env.task.truth["names"]["test_signs.py"]
+    assert names[4:] == ["TestX::test_kept", "TestX::test_own", "TestX::TestInner::test_deep", *names[7:]]
+    assert names[7:] == ["Case::test_case", "Later::test_later"]
+    assert paid(env, signs='a, b, c, d = "a", "b", "c", "?"\n') == 0.0
+
+
+def test_a_large_file_of_the_tasks_own_is_judged_too(tmp_path: Path) -> None:
+    large = _FOUR.replace("=== gold", f"=== file data.txt\n{'x' * 300_000}\n=== gold", 1)
+    env = made(tmp_path, f"{large}def test_data(): assert len(open('data.txt').read()) > 300_000\n")
+    assert paid(env, signs='a, b, c, d = "a", "b", "c", "d"\n') == 1.0
+
+
+def test_its_splits_are_those_of_its_file(tmp_path: Path) -> None:
+    env = made(tmp_path, "\ufeff" + _FOUR)
+    assert env.splits == ("train",)
+    assert keeps_its_splits_apart(Subject(env, episodes=1, endurance=1))
+    texts = (_FOUR.replace("signs train", f"signs-{split} {split}") for split in ("dev", "test", "train"))
+    (tmp_path / "more").mkdir()
+    assert made(tmp_path / "more", "".join(texts)).splits == ("train", "test", "dev")
+    assert agentrl.make("workspace", **FAKE).splits == ("train", "test")
+
+
+def test_a_repair_may_change_what_is_no_python(tmp_path: Path) -> None:
+    readme = "=== file README.md\nIt's {wrong.\n=== gold README.md\nIt's (right.\n=== gold"
+    env = made(tmp_path, _FOUR.replace("=== gold", readme, 1))
+    (task,) = env.task_list("train")
+    assert "solve" in str(env.as_submission(task, "def solve(): pass"))
 
 
 def test_nothing_hidden_is_in_the_agents_sandbox_or_in_what_it_is_shown(env: Any) -> None:
