@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -58,17 +59,19 @@ class Interpreter:
             return lost + text
         if not run.ended.is_set():
             self._drop()
-            return f"error: the cell took longer than {deadline_s:g} s: all variables and files are lost"
+            late = f"the cell took longer than {deadline_s:g} s"
+            return f"{lost}error: {late}: all variables and files are lost"
         self._run = None
-        return f"error: {_why(run.outcome())}: all variables are lost"
+        return f"{lost}error: {_why(run.outcome())}: all variables are lost"
 
     def start(self) -> None:
         """Begin it where it does not run; ``run`` does as well. Raises SandboxLost."""
         if self._run is not None and self._run.ended.is_set():
-            self._run.outcome()  # raises where the world ended it
+            why = _why(self._run.outcome())  # raises where the world ended it
+            self._lost += f"before this cell {why}: all variables are lost\n"
             self._run = None
         if self._run is None and self._sandbox is not None and self._begin() is not None:
-            self._lost = "no interpreter starts among the files that were left: all files are lost\n"
+            self._lost += "no interpreter starts among the files that were left: all files are lost\n"
         if self._run is None and (said := self._begin()) is not None:
             raise SandboxLost(f"python3 did not start in a sandbox within {_START_S:g} s: {said}")
 
@@ -172,7 +175,7 @@ class _Run:
     def _talk(self, channel: Channel) -> None:
         heard = bytearray()
         with contextlib.suppress(_Garbled):
-            ready = self._text(channel, heard)
+            ready = self._text(channel, heard, number=None)
             while True:
                 try:
                     self._current = self._asked.get(timeout=_PING_S)
@@ -183,28 +186,30 @@ class _Run:
                 if self._current.message is None:
                     text = ready
                 else:
-                    body = json.dumps(self._current.message).encode()
+                    number = secrets.token_hex(8)
+                    body = json.dumps({**self._current.message, "number": number}).encode()
                     channel.send(len(body).to_bytes(4, "big") + body)
-                    text = self._text(channel, heard)
+                    text = self._text(channel, heard, number=number)
                 self._current.text = text
                 self._current.answered.set()
 
-    def _text(self, channel: Channel, heard: bytearray) -> str:
-        """The text of the next frame. Raises Gone, and _Garbled for anything else."""
+    def _text(self, channel: Channel, heard: bytearray, *, number: str | None) -> str:
+        """The text of the next frame, which answers ``number``. Raises Gone; _Garbled for anything else."""
         size = int.from_bytes(_take(channel, heard, 4), "big")
         if size > self._most:
             raise _Garbled
         try:
-            text = json.loads(_take(channel, heard, size))["text"]
+            frame = json.loads(_take(channel, heard, size))
+            text, answered = frame["text"], frame["number"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise _Garbled from None
-        if type(text) is not str:
+        if type(text) is not str or answered != number:
             raise _Garbled
         return text
 
 
 class _Garbled(Exception):
-    """What was heard is no frame: something inside speaks for the interpreter."""
+    """What was heard is no answer: something inside speaks for the interpreter."""
 
 
 def _take(channel: Channel, heard: bytearray, size: int) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from agentrl.env import Step
-from agentrl.errors import ToolError, UserError
+from agentrl.errors import BadConfig, ToolError, UserError
 from agentrl.registry import check_sandbox
 from agentrl.sandbox import Limits, Sandbox
 from agentrl.sandboxing.backends import limits_of, shared_backend
@@ -27,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _WORLD_S = 60.0  # beside the model's own seconds, for the world to open sandboxes and answer
+_END_S = 5.0  # of it at least, to end what took all of the model's seconds
 _MOST_CALLS = 16  # of a message that are run
 
 
@@ -42,10 +43,12 @@ class SessionEnv(ToolEnv):
         sandbox: str = "auto",
         limits: Mapping[str, float | bool | None] | None = None,
         seconds: float | None = None,
+        tool_deadline_s: float | None = None,
         **settings: Any,
     ) -> None:
         """``sandbox`` names a backend, "auto" the strongest here. ``limits`` changes single ones of
-        ``agentrl.sandbox.Limits``. ``seconds``: what the calls of one message may take together."""
+        ``agentrl.sandbox.Limits``. ``seconds``: what the calls of one message may take together, the model's
+        own limit; past ``tool_deadline_s``, by default a minute more, the world is to blame."""
         name = type(self).__name__
         if seconds is not None and not 0 < seconds < 3600:
             raise UserError(f"{name}(seconds={seconds}): it lies between 0 and 3600")
@@ -55,7 +58,15 @@ class SessionEnv(ToolEnv):
         self.sandbox = sandbox
         self._session: Sandbox | None = None
         self._left_s, self._calls = self.seconds, 0
-        super().__init__(**{"tool_deadline_s": self.seconds + _WORLD_S, **settings})
+        if tool_deadline_s is None:
+            tool_deadline_s = self.seconds + _WORLD_S
+        super().__init__(tool_deadline_s=tool_deadline_s, **settings)
+        least = self.seconds + _END_S
+        if not tool_deadline_s >= least:  # else a policy could blame the world for its own sleep
+            raise BadConfig(
+                f"{name}(tool_deadline_s={tool_deadline_s:g}): it is {least:g} or more, {_END_S:g} above "
+                f"seconds={self.seconds:g}; set seconds for how long the model's calls may take"
+            )
 
     def setup(self, task: Task) -> None:
         self.release()

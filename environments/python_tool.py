@@ -81,6 +81,11 @@ class PythonTool(SessionEnv):
             )
         self._interpreter: Interpreter | None = None
         super().__init__(**settings)
+        if self.limits.wall_s is not None:
+            raise BadConfig(
+                f"PythonTool(limits={{'wall_s': {self.limits.wall_s:g}}}): it is None, no other: "
+                "it would count while the model writes; set seconds for what the cells of a message may take"
+            )
 
     @tool(remote=True)
     async def python(self, code: str) -> str:
