@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import keyword
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from agentrl.errors import BadData
+from agentrl.codetests import checked_text, parsed, read_test
+from agentrl.errors import BadConfig, BadData
 from agentrl.judge import AssertTest, CallTest, IOTest, Problem, Test
 from agentrl.rows import Row, text_of
 
@@ -47,6 +49,9 @@ class Draft:
     solution: str
     problem: Callable[[], Problem]
     meta: Mapping[str, Any]
+    place: str = ""  # of its row, for errors
+    has_own_id: bool = True  # False: the id is a hash of the statement
+    has_visible: bool = False  # whether the policy may see a test
 
     def task(self) -> CodeTask:
         """The whole. Raises BadData, and SandboxLost where a reference could not be run."""
@@ -71,26 +76,52 @@ def draft_of(
 
     ``visible``: how many of its tests, the first ones, the policy may see where the row does not say; None:
     of MBPP one, which names the function, else none. ``expected`` makes the problem of a + row.
-    Raises BadData with ``place``.
+    Raises BadData with ``place``, and BadConfig for ``visible`` where no test can be shown.
     """
     try:
-        if columns:
-            return _own(row, place, columns=columns, visible=visible or 0)
-        if "plus_input" in row:
-            return _plus(row, place, expected=expected)
-        if {"prompt", "entry_point", "canonical_solution", "test"} <= row.keys():
-            return _humaneval(row, place)
-        if "test_list" in row:
-            return _mbpp(row, place, visible=1 if visible is None else visible)
-        if "kind" in row and "tests" in row:
-            return from_bundled(row)
-        return _own(row, place, columns=columns, visible=visible or 0)
-    except SyntaxError as error:
-        raise BadData(f"{place}: Python that can't be parsed: {error.msg}; mend or remove the row") from error
-    except (KeyError, TypeError, AttributeError) as error:
+        draft = _draft(row, place, columns=columns, visible=visible, expected=expected)
+    except BadData as error:
+        if str(error).startswith(place):
+            raise
+        raise BadData(f"{place}: {error}") from error
+    except (SyntaxError, UnicodeError, RecursionError, MemoryError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else str(error) or "nested too deep"
+        raise BadData(f"{place}: Python that can't be parsed: {why}; mend or remove the row") from error
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise BadData(
             f"{place}: {type(error).__name__}: {error}; a column lacks, or has another type"
         ) from error
+    for name in ("id", "statement", "solution"):
+        checked_text(getattr(draft, name), f"{place}: {name}")
+    return replace(draft, place=place)
+
+
+def _draft(
+    row: Row,
+    place: str,
+    *,
+    columns: Mapping[str, str],
+    visible: int | None,
+    expected: Callable[[Row, str], Problem],
+) -> Draft:
+    """The draft of whichever form the row has."""
+    if columns:
+        return _own(row, place, columns=columns, visible=visible or 0)
+    is_humaneval = {"prompt", "entry_point", "canonical_solution", "test"} <= row.keys()
+    if visible and ("plus_input" in row or is_humaneval):
+        raise BadConfig(
+            f"{place}: visible={visible} has no effect on a row of HumanEval or of a + version, whose tests "
+            "are all hidden: leave it out, and for several turns take feedback='verdict'"
+        )
+    if "plus_input" in row:
+        return _plus(row, place, expected=expected)
+    if is_humaneval:
+        return _humaneval(row, place)
+    if "test_list" in row:
+        return _mbpp(row, place, visible=1 if visible is None else visible)
+    if row.get("kind") in ("call", "stdin") and "tests" in row:
+        return from_bundled(row, place)
+    return _own(row, place, columns=columns, visible=visible or 0)
 
 
 def content_hash(statement: str) -> str:
@@ -98,14 +129,11 @@ def content_hash(statement: str) -> str:
     return hashlib.sha256(" ".join(statement.split()).encode()).hexdigest()[:16]
 
 
-def from_bundled(row: Row) -> Draft:
-    """A row of the bundled suite's form."""
+def from_bundled(row: Row, place: str) -> Draft:
+    """A row of the bundled suite's form. Raises BadData with ``place``."""
     is_call = row["kind"] == "call"
-    tests: list[Test] = []
-    for number, test in enumerate(row["tests"]):
-        name, shown = f"test-{number}", bool(test.get("visible"))
-        tests.append(_mapped_test(test, name, visible=shown))
-    task = Problem(tests=tuple(tests), entry_point=row.get("entry_point", "") if is_call else "")
+    tests = tuple(read_test(test, number, place, visible=False) for number, test in enumerate(row["tests"]))
+    task = Problem(tests=tests, entry_point=row.get("entry_point", "") if is_call else "")
     examples = [_example(test, task.entry_point) for test in tests if test.visible]
     signature = f"```python\n{row['signature']}\n```\n\n" if is_call and row.get("signature") else ""
     how = "" if is_call else "Read from standard input and print to standard output.\n\n"
@@ -113,9 +141,10 @@ def from_bundled(row: Row) -> Draft:
     return Draft(
         id=row["id"],
         statement=statement.strip(),
-        solution=row.get("solution", ""),
+        solution=row.get("solution") or "",
         problem=lambda: task,
         meta={name: row[name] for name in ("level", "topics", "title") if name in row},
+        has_visible=bool(examples),
     )
 
 
@@ -222,8 +251,9 @@ def _mbpp(row: Row, place: str, *, visible: int) -> Draft:
     if not entry_point:
         raise BadData(f"{place}: the first assertion calls no function of the solution")
     imports = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    setup = "\n".join(dict.fromkeys([*imports, *row.get("test_imports", ())]))
-    given = row.get("test_setup_code", "").replace("\r\n", "\n")
+    setup = "\n".join(dict.fromkeys(row.get("test_imports", ())))
+    # What the reference imports, tests may use; a program that needs it imports it itself.
+    given = "\n".join([*imports, row.get("test_setup_code", "").replace("\r\n", "\n")])
     # Objects of the solution's own classes can't be sent away: such tests run beside it.
     needed = {
         *_names(ast.parse(given)),
@@ -240,7 +270,7 @@ def _mbpp(row: Row, place: str, *, visible: int) -> Draft:
         for number, test in enumerate(row["test_list"])
     )
     if "test" in row:  # MBPP+ as it is on the hub
-        plus = _without_numpy(f"{setup}\n{row['test']}")
+        plus = _without_numpy("\n".join([*imports, row["test"]]))
         tests += (AssertTest(id="plus", code=plus, trust="shared" if shared else "remote"),)
     problem = Problem(tests=tests, entry_point=entry_point, setup=setup)
     text = str(row.get("prompt") or row["text"]).strip()
@@ -251,6 +281,7 @@ def _mbpp(row: Row, place: str, *, visible: int) -> Draft:
         solution=solution,
         problem=lambda: problem,
         meta={},
+        has_visible=visible > 0,
     )
 
 
@@ -294,62 +325,53 @@ def _own(row: Row, place: str, *, columns: Mapping[str, str], visible: int) -> D
         raise BadData(
             f"{place}: no list of tests in the column {keys['tests']!r}; name yours with {_NAMED_BY}"
         )
-    entry_point = str(row.get(keys["entry_point"]) or "")
-    solution = str(row.get(keys["solution"]) or "")
+    entry_point, solution, setup = (
+        _text_or_none(row, keys[name], place) for name in ("entry_point", "solution", "setup")
+    )
+    if keyword.iskeyword(entry_point):
+        raise BadData(f"{place}: {keys['entry_point']}={entry_point!r}: a word of Python names no function")
     tests = tuple(
-        _own_test(test, number, place, visible=number < visible) for number, test in enumerate(given)
+        read_test(test, number, place, visible=number < visible) for number, test in enumerate(given)
     )
     if not entry_point and not all(isinstance(test, IOTest) for test in tests):
-        entry_point = _guessed(solution, given, place, column=keys["entry_point"])
-    problem = Problem(tests=tests, entry_point=entry_point, setup=str(row.get(keys["setup"]) or ""))
+        entry_point = _guessed(solution, tests, place, column=keys["entry_point"])
+    problem = Problem(tests=tests, entry_point=entry_point, setup=setup)
     examples = [_example(test, entry_point) for test in tests if test.visible]
+    own_id = _own_id(row, keys["id"], place)
     return Draft(
-        id=str(row.get(keys["id"]) or f"row-{content_hash(statement)}"),
+        id=own_id or f"row-{content_hash(statement)}",
         statement=f"{statement}\n\n{_listed(examples)}".strip(),
         solution=solution,
         problem=lambda: problem,
         meta={},
+        has_own_id=bool(own_id),
+        has_visible=bool(examples),
     )
 
 
-def _own_test(test: Any, number: int, place: str, *, visible: bool) -> Test:
-    """An assertion as a text, or {"stdin", "stdout"}, {"input", "output"} or {"args", "expected"}."""
-    name = f"test-{number}"
-    if isinstance(test, str):
-        ast.parse(test)
-        return AssertTest(id=name, code=test, visible=visible)
-    if isinstance(test, Mapping) and ({"args", "expected"} <= test.keys() or _written(test)):
-        return _mapped_test(test, name, visible=bool(test.get("visible", visible)))
-    raise BadData(
-        f"{place}: test {number} is {str(test)[:80]!r}; a test is an assertion as a text, or has stdin and "
-        "stdout, or args and expected"
-    )
+def _text_or_none(row: Row, key: str, place: str) -> str:
+    """The text in a column that may be empty: then "". Raises BadData for what is no text."""
+    value = row.get(key)
+    how = "; put its lines into one text, or name another column with columns={...}"
+    return "" if value is None else checked_text(value, f"{place}: {key}", or_else=how)
 
 
-def _mapped_test(test: Mapping[str, Any], name: str, *, visible: bool) -> CallTest | IOTest:
-    written = _written(test)
-    if written:
-        return IOTest(id=name, stdin=str(test[written[0]]), stdout=str(test[written[1]]), visible=visible)
-    return CallTest(
-        id=name,
-        args=tuple(test["args"]),
-        kwargs=dict(test.get("kwargs", {})),
-        expected=test["expected"],
-        tolerance=float(test.get("tolerance", 0.0)),
-        alike=True,
-        visible=visible,
-    )
+def _own_id(row: Row, key: str, place: str) -> str:
+    """A row's id as a text; "" where it has none."""
+    value = row.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise BadData(
+            f"{place}: {key}={str(value)[:80]!r}: an id is a text or a number; "
+            "without one it is made of the statement"
+        )
+    return "" if value is None else str(value)
 
 
-def _written(test: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What the input and the output of a test are called; None where it calls a function."""
-    pairs = (("stdin", "stdout"), ("input", "output"))
-    return next((pair for pair in pairs if test.keys() >= set(pair)), None)
-
-
-def _guessed(solution: str, tests: Sequence[Any], place: str, *, column: str) -> str:
-    defined = _defined(ast.parse(solution))
-    called = [name for test in tests if isinstance(test, str) for name in _called(ast.parse(test))]
+def _guessed(solution: str, tests: Sequence[Test], place: str, *, column: str) -> str:
+    """The function that assertions call first. Raises BadData where there is none."""
+    defined = _defined(parsed(solution, f"{place}: the solution"))
+    texts = (test.code for test in tests if isinstance(test, AssertTest))
+    called = [name for text in texts for name in _called(ast.parse(text))]
     found = next((name for name in called if name in defined or not solution), "")
     if not found:
         raise BadData(f"{place}: no function's name in the column {column!r}; name it with {_NAMED_BY}")

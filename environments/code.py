@@ -7,7 +7,8 @@ hidden one failed.
 
 ``dataset``: "basics", the bundled suite, which needs nothing else; "humaneval", "mbpp", "humanevalplus" and
 "mbppplus" from the hub; any of these as a file, or rows of one's own, whose columns ``columns`` names. Of the
-bundled suite a fixed share, by a hash of its text, is the test split; a file of MBPP has its official splits.
+bundled suite a fixed share, by a hash of its text, is the test split; a file of MBPP, all of whose ids are
+MBPP's, has its official splits.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _PRESETS: Mapping[str, Hub] = {
     "mbpp": Hub("google-research-datasets/mbpp", "sanitized", {"train": "train", "test": "test"}),
     "mbppplus": Hub("evalplus/mbppplus", None, {"test": "test"}),
 }
-_MBPP_TEST = range(11, 511)  # task ids; the paper's split (arXiv 2108.07732, section 2.1)
+_MBPP = range(1, 975)  # task ids
+_MBPP_TEST = range(11, 511)  # the paper's split (arXiv 2108.07732, section 2.1)
 _SHOWN = "The public tests show, on purpose, how the program fails them"
 
 
@@ -66,16 +68,16 @@ class Code(ToolEnv):
         limit: int | None = None,
         prompt: str = "{statement}\n\nGive the whole program in one ```python block.",
         turns: int = 1,
-        feedback: Feedback = "public",
+        feedback: Feedback | None = None,
         mode: Literal["all", "fraction"] = "all",
         sandbox: str = "auto",
-        cpu_s: float = 10.0,
-        memory_mib: int = 512,
+        cpu_s: float | None = 10.0,
+        memory_mib: int | None = 512,
         **settings: Any,
     ) -> None:
         """``visible``: how many of a data set's tests are public where it does not say so itself. ``limit``:
-        at most this many tasks of each split. ``mode``, ``sandbox``, ``cpu_s`` and ``memory_mib`` are the
-        reward's, ``unit_tests``."""
+        at most this many tasks of each split. ``feedback``: what several turns are told of, "public" where it
+        is None. ``mode``, ``sandbox``, ``cpu_s`` and ``memory_mib`` are the reward's, ``unit_tests``."""
         if "{statement}" not in prompt:
             raise BadConfig(f"Code(prompt={prompt!r}): it must contain {{statement}}, where the problem goes")
         for name, value, least in (("limit", limit, 1), ("turns", turns, 1), ("visible", visible, 0)):
@@ -88,7 +90,8 @@ class Code(ToolEnv):
                     f"it takes {', '.join(COLUMNS)}"
                 )
         check_sandbox(sandbox)
-        self._source, selected = _source(dataset, splits)
+        turns = _checked_turns(turns, settings, feedback)
+        self._source, selected = _source(dataset, splits, has_columns=bool(columns))
         self.splits = tuple(self._source.splits)  # type: ignore[misc]  # which they are depends on the data
         self._read = functools.partial(
             _read,
@@ -97,9 +100,9 @@ class Code(ToolEnv):
             columns=columns or {},
             visible=visible,
             limit=limit,
-            sandbox=sandbox,
+            open_sandbox=functools.partial(_open_sandbox, sandbox, is_limited=cpu_s is not None),
         )
-        self._prompt, self._feedback = prompt, feedback
+        self._prompt, self._feedback = prompt, feedback or "public"
         if turns > 1:
             self.declared = {"user": _SHOWN}  # type: ignore[misc]  # of these settings alone
         if "reward" not in settings:
@@ -108,7 +111,18 @@ class Code(ToolEnv):
 
     def tasks(self, split: str) -> Sequence[Task]:
         """Every row of the split as a task; what needs a sandbox is made when it is asked for."""
-        return _Tasks(self._read(split), self._prompt)
+        drafts = self._read(split)
+        if (
+            self.max_turns > 1
+            and self._feedback == "public"
+            and not any(draft.has_visible for draft in drafts)
+        ):
+            raise BadConfig(
+                f"no task of the split {split!r} of {self._source.name} has a public test, so that of its "
+                f"{self.max_turns} turns only the first is ever taken: make tests public, with visible=1 or "
+                "in the data set, or set feedback='verdict' or turns=1"
+            )
+        return _Tasks(drafts, self._prompt)
 
     def find_task(self, task_id: str) -> Task:
         for split in self.splits:
@@ -170,10 +184,9 @@ class _Tasks(Sequence[Task]):
         self._drafts, self._prompt = drafts, prompt
         self._made: dict[int, Task] = {}
         self.places = {draft.id: place for place, draft in enumerate(drafts)}  # by id
-        if len(self.places) < len(drafts):
-            names = [draft.id for draft in drafts]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise BadData(f"two rows have the id {twice!r}: each has its own, or none has one")
+        for place, draft in enumerate(drafts):
+            if self.places[draft.id] != place:
+                raise _of_one_id(draft, drafts[self.places[draft.id]])
 
     def __len__(self) -> int:
         return len(self._drafts)
@@ -200,10 +213,37 @@ class _Tasks(Sequence[Task]):
         )
 
 
+def _of_one_id(one: Draft, other: Draft) -> BadData:
+    where = f"{one.place} and {other.place}"
+    if one.has_own_id or other.has_own_id:
+        return BadData(f"{where}: two rows have the id {one.id!r}: each has its own, or none has one")
+    return BadData(
+        f"{where}: two rows have the same statement, and no id beside it: give each row an id in the column "
+        "'id', or name its column with columns={'id': ...}, or remove one"
+    )
+
+
 Selected = Callable[[Row, str], bool]  # whether a row belongs to a split
 
 
-def _source(dataset: str, splits: Mapping[str, str] | None) -> tuple[Files | Hub, Selected]:
+def _checked_turns(turns: int, settings: Mapping[str, Any], feedback: Feedback | None) -> int:
+    """How many turns there are. Raises BadConfig for settings that would have no effect."""
+    most = settings.get("max_turns")
+    if most is not None and 0 < most < turns:
+        raise BadConfig(
+            f"Code(turns={turns}, max_turns={most}): only {most} would be taken; leave max_turns out"
+        )
+    turns = turns if most is None else most
+    if feedback is not None and turns == 1:
+        raise BadConfig(
+            f"Code(feedback={feedback!r}) has no effect with turns=1: set turns=2 or more, or leave it out"
+        )
+    return turns
+
+
+def _source(
+    dataset: str, splits: Mapping[str, str] | None, *, has_columns: bool
+) -> tuple[Files | Hub, Selected]:
     if dataset == "basics":
         if splits:
             raise BadConfig("Code(dataset='basics', splits=...): the bundled suite has its own splits")
@@ -213,7 +253,10 @@ def _source(dataset: str, splits: Mapping[str, str] | None) -> tuple[Files | Hub
         (path,) = source.splits.values()
         columns = _columns(path, path.stat().st_mtime_ns)
         if "test_list" in columns and "test" not in columns:
-            return Files(source.name, {"train": path, "test": path}), _in_mbpp_split
+            found = () if has_columns else _mbpp_splits(path, path.stat().st_mtime_ns)
+            if found:
+                return Files(source.name, dict.fromkeys(found, path)), _in_mbpp_split
+            return source, _in_any_split
         if "canonical_solution" in columns:  # a benchmark
             return Files(source.name, {"test": path}), _in_any_split
     return source, _in_any_split
@@ -224,6 +267,18 @@ def _columns(path: Path, changed: int) -> frozenset[str]:
     """Of the first row of a file as it was ``changed``."""
     _, row = next(Files(str(path), {"": path}).rows(""), ("", {}))
     return frozenset(row)
+
+
+@functools.lru_cache(maxsize=64)
+def _mbpp_splits(path: Path, changed: int) -> tuple[str, ...]:
+    """Which official splits a file as it was ``changed`` has rows of; none where an id is not MBPP's."""
+    found = set()
+    for _, row in Files(str(path), {"": path}).rows(""):
+        number = row.get("task_id")
+        if type(number) is not int or number not in _MBPP:
+            return ()
+        found.add("test" if number in _MBPP_TEST else "train")
+    return tuple(split for split in ("train", "test") if split in found)
 
 
 def _in_any_split(row: Row, split: str) -> bool:
@@ -247,12 +302,9 @@ def _read(
     columns: Mapping[str, str],
     visible: int | None,
     limit: int | None,
-    sandbox: str,
+    open_sandbox: Callable[[Limits], Sandbox],
 ) -> list[Draft]:
     """The tasks of a split, without their problems where these take a sandbox. Raises BadData."""
-
-    def open_sandbox(limits: Limits) -> Sandbox:
-        return shared_backend(sandbox, limits).open(limits)
 
     def expected(row: Row, place: str) -> Problem:
         return plus_problem(row, place, open_sandbox=open_sandbox)
@@ -268,8 +320,15 @@ def _read(
     return read
 
 
+def _open_sandbox(sandbox: str, limits: Limits, *, is_limited: bool) -> Sandbox:
+    """A sandbox for a reference."""
+    if sandbox == "process" and not is_limited:
+        limits = replace(limits, cpu_s=None, memory_mib=None, pids=None, disk_mib=None)
+    return shared_backend(sandbox, limits).open(limits)
+
+
 @functools.cache
-def _unit_tests(mode: str, sandbox: str, cpu_s: float, memory_mib: int) -> Reward:
+def _unit_tests(mode: str, sandbox: str, cpu_s: float | None, memory_mib: int | None) -> Reward:
     return make_reward("unit_tests", mode=mode, sandbox=sandbox, cpu_s=cpu_s, memory_mib=memory_mib)
 
 

@@ -27,8 +27,8 @@ _FLOORS: tuple[frozenset[str], ...] = tuple(
         "env tool_env faults watchdog tools schemas dispatch tasks wrappers spaces transcript answers reward "
         "engine registry checks probes contract isolation scoring robustness resources sandbox sandboxing "
         "sandbox_cli judge judging attacks interpreter interpreter_process session_env codedata evalplus "
-        "codetests "
-        "questions rows workspaces config configfile modelfiles workers worker_handle worker_process threads",
+        "codetests questions rows workspaces config configfile modelfiles workers worker_handle "
+        "worker_process threads",
         "environments rewards sandboxes",
         "rollout ahead attempts samples schedule chat chats certificate parsers advantages statistics "
         "metrics alarms batches losses attention models softmax memory merging",

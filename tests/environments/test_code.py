@@ -38,6 +38,14 @@ ROWS = [
     for n in range(3, 7)
 ]
 
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "entry_point": "one",
+    "prompt": 'def one():\n    """One."""\n',
+    "canonical_solution": "    return 1\n",
+    "test": "def check(candidate):\n    assert candidate() == 1\n",
+}
+
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
@@ -148,15 +156,8 @@ def test_every_task_is_the_same_every_time(code: Any) -> None:
 
 
 def test_a_benchmarks_file_is_its_test_split_and_mbpp_has_its_own(tmp_path: Path) -> None:
-    humaneval = {
-        "task_id": "HumanEval/0",
-        "entry_point": "one",
-        "prompt": 'def one():\n    """One."""\n',
-        "canonical_solution": "    return 1\n",
-        "test": "def check(candidate):\n    assert candidate() == 1\n",
-    }
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
-        file.write(json.dumps(humaneval))
+        file.write(json.dumps(HUMANEVAL))
     mbpp = [
         {"task_id": n, "text": f"{n}?", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}
         for n in (1, 11, 510, 511, 601)
@@ -239,11 +240,101 @@ def test_plus_versions_are_compared_as_evalplus_does_it(
         ({"prompt": "?"}, "{statement}"),
         ({"columns": {"test": "x"}}, "'test'; did you mean 'tests'"),
         ({"dataset": "basics", "splits": {"train": "x"}}, "has its own splits"),
+        ({"feedback": "verdict"}, "feedback='verdict'.* has no effect with turns=1: set turns=2"),
+        ({"feedback": "public", "turns": 2, "max_turns": 1}, "turns=2, max_turns=1.*leave max_turns out"),
+        ({"feedback": "public", "max_turns": 1}, "has no effect with turns=1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(code: Any, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(BadConfig, match=said):
         code(**settings)
+
+
+def test_turns_without_a_public_test_are_refused(tmp_path: Path) -> None:
+    row = {"statement": "Double.", "solution": "def f(x): return 2 * x", "tests": ["assert f(1) == 2"]}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+
+    def tasks(**settings: Any) -> Any:
+        env = agentrl.make("code", dataset=str(tmp_path), **FAKE, **settings)
+        return env.task_list(env.splits[0])
+
+    with pytest.raises(
+        BadConfig, match="no task of the split 'train' .* public test.* visible=1 .* feedback='verdict'"
+    ):
+        tasks(turns=3)
+    for settings in ({}, {"turns": 3, "visible": 1}, {"turns": 3, "feedback": "verdict"}):
+        assert len(tasks(**settings)) == 1
+    (tmp_path / "train.jsonl").write_text(json.dumps(HUMANEVAL))
+    with pytest.raises(BadConfig, match="train.jsonl:1: visible=1 has no effect"):
+        tasks(turns=3, visible=1)
+
+
+def test_an_assertion_that_failed_is_shown_if_it_is_public(tmp_path: Path) -> None:
+    row = {"id": "g", "statement": "Add one.", "entry_point": "g", "solution": "def g(x): return x + 1"}
+    tests = ["assert g(1) == 2", "assert g(2) == 3", "assert g(7001) == 7002"]
+    (tmp_path / "train.jsonl").write_text(json.dumps({**row, "tests": tests}))
+    env = agentrl.make("code", dataset=str(tmp_path), visible=2, turns=4, feedback="verdict", **FAKE)
+    env.reset(options={"split": "train", "index": 0})
+    for body, said in (("2", "\nassert g(2) == 3\n"), ("x.y", "\nassert g(1) == 2\n"), ("min(x, 9) + 1", "")):
+        (told,), *_ = env.step(Message("assistant", f"```python\ndef g(x):\n    return {body}\n```"))
+        assert said in told.content
+        assert "700" not in told.content
+    assert "a hidden one failed" in told.content
+
+
+def test_plain_processes_judge_where_nothing_is_limited_but_the_clock() -> None:
+    env = agentrl.make("code", sandbox="process", cpu_s=None, memory_mib=None)
+    env.reset(options={"split": "train", "index": 0})
+    assert env.step(*env.gold(env.task))[1] == 1.0
+    env = agentrl.make("code", sandbox="process", memory_mib=None)
+    env.reset(options={"split": "train", "index": 0})
+    with pytest.raises(BadConfig, match="set cpu_s=None to do without"):
+        env.step(*env.gold(env.task))
+
+
+def test_plain_processes_run_references(tmp_path: Path) -> None:
+    row = {
+        "task_id": "HumanEval/999",
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "canonical_solution": "    return x + 1\n",
+        "base_input": [[1]],
+        "plus_input": [[2]],
+        "atol": 0,
+    }
+    (tmp_path / "plus.jsonl").write_text(json.dumps(row))
+    env = agentrl.make(
+        "code", dataset=str(tmp_path / "plus.jsonl"), sandbox="process", cpu_s=None, memory_mib=None
+    )
+    env.reset(options={"split": "test", "index": 0})
+    assert env.step(*env.gold(env.task))[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ids", "splits"),
+    [
+        ((601, 11, 2), {"train": 2, "test": 1}),
+        ((12, 13), {"test": 2}),
+        ((700,), {"train": 1}),
+        ((11, 975), {"train": 2}),
+        ((11, "own-1"), {"train": 2}),
+        (("11", 12), {"train": 2}),
+    ],
+)
+def test_only_a_file_of_mbpps_own_ids_has_its_splits(
+    tmp_path: Path, ids: tuple[Any, ...], splits: dict[str, int]
+) -> None:
+    rows = [
+        {"task_id": n, "text": f"{n}?", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}
+        for n in ids
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    env = agentrl.make("code", dataset=str(path), **FAKE)
+    assert {split: len(env.task_list(split)) for split in env.splits} == splits
+    columns = {"statement": "text", "tests": "test_list", "solution": "code", "id": "task_id"}
+    named = agentrl.make("code", dataset=str(path), columns=columns, **FAKE)
+    assert {split: len(named.task_list(split)) for split in named.splits} == {"train": len(ids)}
 
 
 def test_a_program_with_a_fence_in_it_is_fenced_longer(code: Any) -> None:
@@ -258,7 +349,11 @@ def test_two_rows_of_one_id_and_a_task_without_solution_are_refused(tmp_path: Pa
         json.dumps({key: row[key] for key in row if key != "solution"} | {"id": "x"}) for row in ROWS[:2]
     ]
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
-    with pytest.raises(BadData, match="two rows have the id 'x'"):
+    with pytest.raises(BadData, match="train.jsonl:1 and .*train.jsonl:2: two rows have the id 'x'"):
+        agentrl.make("code", dataset=str(tmp_path), **FAKE).task_list("train")
+    nameless = json.dumps({key: ROWS[0][key] for key in ROWS[0] if key != "id"})
+    (tmp_path / "train.jsonl").write_text(f"{lines[0]}\n{nameless}\n{nameless}\n")
+    with pytest.raises(BadData, match="jsonl:2 and .*jsonl:3: two rows have the same statement.* give each"):
         agentrl.make("code", dataset=str(tmp_path), **FAKE).task_list("train")
     (tmp_path / "train.jsonl").write_text(lines[0])
     env = agentrl.make("code", dataset=str(tmp_path), limit=5, **FAKE)
