@@ -62,12 +62,18 @@ def read_beneath(folder: Path, path: str, *, most_bytes: int) -> bytes:
 
 @_room()
 def write_beneath(folder: Path, path: str, data: bytes, *, owner: int | None = None) -> None:
-    """Write ``path`` anew, its folders made; ``owner``: the uid and gid that they get."""
+    """Write ``path`` anew, its folders made; ``owner``: the uid and gid that they get.
+
+    Who could execute the file that was there can execute the new one.
+    """
     with _parent(folder, path, make=True, owner=owner) as (parent, name):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        mode = 0o644
         with suppress(FileNotFoundError):  # a link, a pipe, a file with another name as well: gone first
+            old = os.lstat(name, dir_fd=parent).st_mode
             os.unlink(name, dir_fd=parent)
-        file = os.open(name, flags, 0o644, dir_fd=parent)
+            mode |= old & 0o111 if stat.S_ISREG(old) else 0
+        file = os.open(name, flags, mode, dir_fd=parent)
         with open(file, "wb", closefd=True) as opened:
             opened.write(data)
             if owner is not None:

@@ -331,12 +331,15 @@ def _read(path: str, most: int) -> None:
 def _write(path: str) -> None:
     """Takes all that the host says, also where it can't be written."""
     failure: OSError | None = None
-    file = -1
+    file, mode = -1, 0o644
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         with _parent(path, make=True) as (parent, name):
             with suppress(FileNotFoundError):  # a link, a pipe, a file with another name as well: gone first
+                old = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
                 os.unlink(name, dir_fd=parent)
-            file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=parent)
+                mode |= old & 0o111 if stat.S_ISREG(old) else 0  # it stays executable
+            file = os.open(name, flags, mode, dir_fd=parent)
     except OSError as error:
         failure = error
     while True:
