@@ -169,10 +169,10 @@ class Sandbox(Protocol):
         ...
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a file, its folders made, no link followed. Raises BadConfig, SandboxLost.
+        """Write a file, its folders made, no link followed; one that was executable stays so.
 
-        Raises OSError where what lies there, or how much, forbids it: the code's own doing, which a tool
-        tells the model.
+        Raises BadConfig, SandboxLost; OSError where what lies there, or how much, forbids it: the code's own
+        doing, which a tool tells the model.
         """
         ...
 

@@ -105,7 +105,10 @@ def _writable(stage: Stage) -> str:
     with stage.sandbox() as session:
         script = "echo more >> given && echo x > folder/y && mkdir z && rm given && echo t > $TMPDIR/t"
         result = session.run(["sh", "-c", script], files={"given": b"1", "folder/x": b"2"})
-    return _differs(result, status="ok", stderr=b"")
+        session.run(["chmod", "+x", "folder/x"])
+        session.write("folder/x", b"#!/bin/sh\nexit 3\n")  # and stays executable
+        again = session.run(["folder/x"])
+    return _differs(result, status="ok", stderr=b"") or _differs(again, exit_code=3)
 
 
 def _fresh(stage: Stage) -> str:
