@@ -201,6 +201,7 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
 
     with closing(make(env, **parse_assignments(settings or ()))) as made:
         check_splits(made, cast("Env", made.unwrapped).splits)
+        cast("Env", made.unwrapped).check_host()
         report = check_environment(made)
     table = Table("check", "result", "detail", title=env, title_justify="left")
     for row in report.rows:
@@ -282,6 +283,7 @@ def _check_evaluation(
     args = parse_assignments(settings or ())
     with closing(make(env, **args)) as made:
         check_splits(made, [split])
+        cast("Env", made.unwrapped).check_host()
     (find_model_files if weights else find_model_config)(model)
     check_output(json_path, key="--json")
     return args

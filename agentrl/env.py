@@ -206,6 +206,12 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
         if "_running" not in vars(self):
             raise UserError(f"{type(self).__qualname__}.__init__ must call super().__init__()")
 
+    def check_host(self) -> None:
+        """Raise UserError where this host lacks what episodes need, such as a sandbox.
+
+        A run, an evaluation and a check ask before they begin.
+        """
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[Message, ...], dict[str, Any]]:

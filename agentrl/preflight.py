@@ -1,9 +1,9 @@
 """What would stop a run that has begun, found before it leaves anything behind.
 
-Cheap things first: the output folder, the engine's settings, the environment and its reward, its splits, the
-model's folder; then the chat template with the longest known prompt, and the memory. What passes here may
-still fail later: a model on the hub is only looked at once its weights are downloaded, vLLM's own arguments
-once it starts, and of a stream of tasks only the first ones are known.
+Cheap things first: the output folder, the engine's settings, the environment and its reward, its splits, its
+sandbox, the model's folder; then the chat template with the longest known prompt, and the memory. What passes
+here may still fail later: a model on the hub is only looked at once its weights are downloaded, vLLM's own
+arguments once it starts, and of a stream of tasks only the first ones are known.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from agentrl.chats import Chats
 from agentrl.config import RunConfig
@@ -41,6 +42,7 @@ def check_run(config: RunConfig, *, device: str = "cpu") -> None:
     splits = (config.environment.train, config.environment.held_out)
     with closing(make(config.environment.id, **config.environment.args)) as env:
         check_splits(env, splits)
+        cast("Env", env.unwrapped).check_host()
         model = None if config.model.path is None else find_model_files(config.model.path)
         if model is not None:
             _check_context(config, model)

@@ -3,7 +3,9 @@
 A reward is any callable that takes :class:`Evidence` and returns a float or a :class:`Score`. It runs in a
 worker thread and not on the event loop, unless its class says ``inline = True``: done in microseconds, where
 a thread takes 0.3 ms. It must not keep state between calls. A limit hit while judging the policy's output is
-the policy's fault (the minimum); only a failure of the world raises :class:`WorldError`.
+the policy's fault (the minimum); only a failure of the world raises :class:`WorldError`. One that needs
+something of its host, such as a sandbox, may have a method ``check_host()``, called before a run, which
+raises UserError where that is not there.
 
 Rewards make rewards. A :class:`Rubric` is the usual one, gates in front of a weighted sum::
 
@@ -28,7 +30,7 @@ import numpy as np
 from agentrl.errors import BadConfig
 from agentrl.types import Message, Score, Task
 
-__all__ = ["Evidence", "Gate", "Reward", "Rubric", "WeightedSum", "as_score"]
+__all__ = ["Evidence", "Gate", "Reward", "Rubric", "WeightedSum", "as_score", "check_host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,14 @@ class Reward(Protocol):
     def __call__(self, evidence: Evidence, /) -> Score | float:
         """Score an episode. Raises WorldError for a failure of the world; anything else raised is a bug."""
         ...
+
+
+def check_host(*rewards: object) -> None:
+    """Raise UserError where this host lacks what one of ``rewards`` needs and can tell."""
+    for reward in rewards:
+        check = getattr(reward, "check_host", None)
+        if check is not None:
+            check()
 
 
 def as_score(result: object, reward: object = "a reward") -> Score:
@@ -93,6 +103,10 @@ class WeightedSum:
                 raise BadConfig(f"the weight of {name!r} is {weight!r}: a weight is a finite number")
         self._parts = {name: (_resolved(reward), float(weight)) for name, (reward, weight) in parts.items()}
 
+    def check_host(self) -> None:
+        """See ``check_host`` of this module."""
+        check_host(*(reward for reward, _ in self._parts.values()))
+
     def __call__(self, evidence: Evidence) -> Score:
         """Score with every reward, in the order they were given."""
         scores = {name: as_score(reward(evidence), reward) for name, (reward, _) in self._parts.items()}
@@ -129,6 +143,10 @@ class Gate:
         self._closed = closed
         self._name = name
 
+    def check_host(self) -> None:
+        """See ``check_host`` of this module."""
+        check_host(self._condition, self._then)
+
     def __call__(self, evidence: Evidence) -> Score:
         """Score the condition and, where it holds, ``then``."""
         condition = as_score(self._condition(evidence), self._condition)
@@ -160,6 +178,10 @@ class Rubric:
         self._root: Reward = WeightedSum(parts)
         for name, condition in reversed(list((gates or {}).items())):
             self._root = Gate(condition, self._root, closed=closed, name=name)
+
+    def check_host(self) -> None:
+        """See ``check_host`` of this module."""
+        check_host(self._root)
 
     def __call__(self, evidence: Evidence) -> Score:
         """Score the tree."""

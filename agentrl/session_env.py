@@ -16,7 +16,7 @@ from agentrl.env import Step
 from agentrl.errors import BadConfig, ToolError, UserError
 from agentrl.registry import check_sandbox
 from agentrl.sandbox import Limits, Sandbox
-from agentrl.sandboxing.backends import limits_of, shared_backend
+from agentrl.sandboxing.backends import limits_of, prove_backend, shared_backend
 from agentrl.threads import in_thread
 from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
@@ -67,6 +67,10 @@ class SessionEnv(ToolEnv):
                 f"{name}(tool_deadline_s={tool_deadline_s:g}): it is {least:g} or more, {_END_S:g} above "
                 f"seconds={self.seconds:g}; set seconds for how long the model's calls may take"
             )
+
+    def check_host(self) -> None:
+        super().check_host()
+        prove_backend(self.sandbox, self.limits)
 
     def setup(self, task: Task) -> None:
         self.release()

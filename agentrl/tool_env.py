@@ -17,7 +17,7 @@ from agentrl.dispatch import CheckedCall, answer_calls, check_calls, collect_too
 from agentrl.env import Env, Step
 from agentrl.errors import UserError, did_you_mean
 from agentrl.registry import make_reward
-from agentrl.reward import Evidence, Reward, as_score
+from agentrl.reward import Evidence, Reward, as_score, check_host
 from agentrl.threads import in_thread, run_sync
 from agentrl.tools import Tool
 from agentrl.types import Message, Score, Task
@@ -116,6 +116,9 @@ class ToolEnv(Env):
                 "set system='' to use the task's"
             )
         return (Message("system", self.system), *task.prompt)
+
+    def check_host(self) -> None:
+        check_host(self._reward)
 
     def score(self) -> Score | float:
         """The reward of the conversation as it stands."""

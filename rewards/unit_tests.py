@@ -19,6 +19,7 @@ from agentrl.errors import BadConfig, BadData
 from agentrl.judge import AssertTest, Judgement, Problem, problem_from_json, shared_judge
 from agentrl.reward import Evidence
 from agentrl.sandbox import Limits
+from agentrl.sandboxing.backends import prove_backend
 from agentrl.types import Score
 
 __all__ = ["UnitTests", "program_in"]
@@ -60,6 +61,10 @@ class UnitTests:
         self.limits = Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib)
         if sandbox == "process" and cpu_s is None:  # which can't limit these either
             self.limits = replace(self.limits, pids=None, disk_mib=None)
+
+    def check_host(self) -> None:
+        """Raises BadConfig where there is no such sandbox here."""
+        prove_backend(self.sandbox, self.limits)
 
     def __call__(self, evidence: Evidence) -> Score:
         """Judge the program that the conversation ends with."""

@@ -91,6 +91,22 @@ class Case:
     lines: int = 1
 
 
+_AWAY = {
+    "away.py": """\
+from agentrl.sandbox import Limits, Survey, check_enforced
+
+class Away:
+    name = "away"
+    def survey(self):
+        return Survey(available=False, note="no such machine")
+    def open(self, limits):
+        check_enforced(self.name, self.survey(), limits)
+    def sweep(self):
+        return 0
+    def close(self):
+        pass
+"""
+}
 _ECHO_FILE = {"echo_env.py": _ECHO}
 _WRAPPED = _ECHO_FILE | {
     "wrapped.py": """\
@@ -449,6 +465,26 @@ CASES: dict[str, Case] = {
     # -- sandboxes and wrappers --
     "an unknown sandbox": Case(
         "check python_tool sandbox=nope", ("no sandbox named 'nope'", "there are bubblewrap, docker")
+    ),
+    "a sandbox that the host has not": Case(
+        "check code sandbox=away.py:Away",
+        ("the sandbox 'away' is not available here: no such machine",),
+        _AWAY,
+    ),
+    "a sandbox of tools that the host has not": Case(
+        "check workspace sandbox=away.py:Away", ("not available here: no such machine",), _AWAY
+    ),
+    "an evaluation in a sandbox that the host has not": Case(
+        "eval code sandbox=away.py:Away --model model",
+        ("not available here: no such machine",),
+        _AWAY,
+        model=_GOOD,
+    ),
+    "a run in a sandbox that the host has not": Case(
+        "train code environment.args.sandbox=away.py:Away --model model",
+        ("not available here: no such machine",),
+        _AWAY,
+        model=_GOOD,
     ),
     "an unknown sandbox of programs": Case(
         "eval code sandbox=dokcer --model model", ("no sandbox named 'dokcer'", "'docker'"), model=_GOOD

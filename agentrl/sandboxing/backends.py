@@ -17,7 +17,7 @@ from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Limits
 from agentrl.sandboxing.doctor import strongest
 
-__all__ = ["limits_of", "new_backend", "shared_backend"]
+__all__ = ["limits_of", "new_backend", "prove_backend", "shared_backend"]
 
 
 def shared_backend(sandbox: str, limits: Limits) -> Backend:
@@ -31,6 +31,11 @@ def shared_backend(sandbox: str, limits: Limits) -> Backend:
             _backends[key] = new_backend(sandbox, limits)
             _backends[key].sweep()
         return _backends[key]
+
+
+def prove_backend(sandbox: str, limits: Limits) -> None:
+    """Open a sandbox and close it. Raises BadConfig, UnknownName and SandboxLost where that can't be done."""
+    shared_backend(sandbox, limits).open(limits).close()
 
 
 def limits_of(default: Limits, changes: Mapping[str, Any] | None, *, asked_by: str) -> Limits:
