@@ -98,10 +98,12 @@ def check_environment(
     """Run every check; those that play episodes play ``episodes`` tasks of each split.
 
     Memory and descriptors must stay flat over ``endurance`` episodes. Some checks play in environments of
-    their own, made of the same class and settings as ``target``. Raises UserError where it can't be made.
+    their own, made of the same class and settings as ``target``. Raises UserError where it can't be made,
+    or where this host lacks what it needs.
     """
     env = cast("Env", make(target).unwrapped)
     env.check_made()
+    env.check_host()
     subject = Subject(env, episodes=episodes, endurance=endurance)
     try:
         return Report(type(env).__qualname__, tuple(_row(holds, subject) for holds in _CHECKS))

@@ -201,7 +201,6 @@ def check(env: EnvironmentName, settings: EnvironmentArgs = None) -> None:
 
     with closing(make(env, **parse_assignments(settings or ()))) as made:
         check_splits(made, cast("Env", made.unwrapped).splits)
-        cast("Env", made.unwrapped).check_host()
         report = check_environment(made)
     table = Table("check", "result", "detail", title=env, title_justify="left")
     for row in report.rows:

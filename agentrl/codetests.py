@@ -17,6 +17,7 @@ from typing import Any, get_args
 from agentrl.errors import BadData, did_you_mean
 from agentrl.judge import AssertTest, CallTest, IOTest, Test
 from agentrl.judging.verdicts import Trust
+from agentrl.rows import whole_text
 
 __all__ = ["checked_text", "parsed", "read_test"]
 
@@ -63,15 +64,7 @@ def checked_text(value: Any, what: str, *, or_else: str = "") -> str:
     """``value``, where it is a text that can be written. Raises BadData; ``or_else``: the next step."""
     if not isinstance(value, str):
         raise BadData(f"{what}={str(value)[:80]!r} ({type(value).__name__}): it is a text{or_else}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        around = value[max(error.start - 30, 0) : error.end + 30]
-        raise BadData(
-            f"{what}={ascii(around)}: half of a surrogate pair, \\ud800 to \\udfff, which no text can have; "
-            "mend or remove the row"
-        ) from None
-    return value
+    return whole_text(value, what)
 
 
 def parsed(source: str, where: str) -> ast.Module:
@@ -105,7 +98,7 @@ def _assert_test(test: Mapping[str, Any], name: str, where: str, *, visible: boo
         raise BadData(f"{where} has trust={trust!r}: it is {' or '.join(map(repr, get_args(Trust)))}")
     return AssertTest(
         id=name,
-        code=_assertion(checked_text(test["code"], f"{where} has code"), where),
+        code=_assertion(test["code"], where),
         visible=visible,
         trust=trust,
         in_place=_flag(test, "in_place", where, default=False),
@@ -149,15 +142,16 @@ def _flag(test: Mapping[str, Any], key: str, where: str, *, default: bool) -> bo
     return default if value is None else value
 
 
-def _assertion(code: str, where: str) -> str:
+def _assertion(code: Any, where: str) -> str:
     """``code``, where something in it can fail. Raises BadData."""
-    tree = parsed(checked_text(code, f"{where} has code"), where)
+    text = checked_text(code, f"{where} has code")
+    tree = parsed(text, where)
     if not any(isinstance(node, ast.Assert | ast.Call | ast.Raise) for node in _executed(tree)):
         raise BadData(
-            f"{where} is {code[:80]!r}, which every program passes: outside of functions it has no assert, "
+            f"{where} is {text[:80]!r}, which every program passes: outside of functions it has no assert, "
             "no raise and no call; write 'assert ...', or remove the test"
         )
-    return code
+    return text
 
 
 def _executed(tree: ast.Module) -> Iterator[ast.AST]:

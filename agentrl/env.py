@@ -209,7 +209,7 @@ class Env(gymnasium.Env[tuple[Message, ...], Message]):
     def check_host(self) -> None:
         """Raise UserError where this host lacks what episodes need, such as a sandbox.
 
-        A run, an evaluation and a check ask before they begin.
+        A run, a check and ``agentrl eval`` ask before they begin.
         """
 
     def reset(

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from agentrl.errors import BadConfig, BadData, MissingExtra, did_you_mean
 from agentrl.sandboxing.private import keep_private
 
-__all__ = ["Files", "Hub", "Row", "Source", "find_source", "text_of"]
+__all__ = ["Files", "Hub", "Row", "Source", "find_source", "text_of", "whole_text"]
 
 Row = Mapping[str, Any]
 
@@ -141,17 +141,22 @@ def text_of(row: Row, keys: Sequence[str], place: str, *, named_by: str) -> str:
     for key in keys:
         value = row.get(key)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool) and str(value).strip():
-            text = str(value).strip()
-            if _SURROGATE.search(text):
-                raise BadData(
-                    f"{place}: half of a surrogate pair, \\ud800 to \\udfff, in the column {key!r}, which no "
-                    "text can have; mend or remove the line"
-                )
-            return text
+            return whole_text(str(value).strip(), f"{place}: {key}")
     wanted, there = " or ".join(map(repr, keys)), ", ".join(map(repr, row)) or "none"
     raise BadData(
         f"{place}: no text in the column {wanted}; the columns are {there}: name yours with {named_by}"
     )
+
+
+def whole_text(text: str, what: str) -> str:
+    """``text``, which ``what`` names. Raises BadData where half of a surrogate pair is in it."""
+    if half := _SURROGATE.search(text):
+        around = ascii(text[max(half.start() - 30, 0) : half.end() + 30])
+        raise BadData(
+            f"{what}={around}: half of a surrogate pair, \\ud800 to \\udfff, which no text can have; "
+            "mend or remove the row"
+        )
+    return text
 
 
 def _folder_splits(folder: Path, splits: Mapping[str, str] | None) -> Mapping[str, Path]:

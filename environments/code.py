@@ -30,7 +30,7 @@ from agentrl.registry import check_sandbox, make_reward
 from agentrl.reward import Evidence, Reward, as_score
 from agentrl.rows import Files, Hub, Row, find_source
 from agentrl.sandbox import Limits, Sandbox
-from agentrl.sandboxing.backends import shared_backend
+from agentrl.sandboxing.backends import limits_for, shared_backend
 from agentrl.threads import in_thread
 from agentrl.tool_env import ToolEnv
 from agentrl.types import Message, Task
@@ -322,8 +322,8 @@ def _read(
 
 def _open_sandbox(sandbox: str, limits: Limits, *, is_limited: bool) -> Sandbox:
     """A sandbox for a reference."""
-    if sandbox == "process" and not is_limited:
-        limits = replace(limits, cpu_s=None, memory_mib=None, pids=None, disk_mib=None)
+    if not is_limited:
+        limits = limits_for(sandbox, replace(limits, cpu_s=None, memory_mib=None))
     return shared_backend(sandbox, limits).open(limits)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from agentrl.answers import truth_of
@@ -19,7 +19,7 @@ from agentrl.errors import BadConfig, BadData
 from agentrl.judge import AssertTest, Judgement, Problem, problem_from_json, shared_judge
 from agentrl.reward import Evidence
 from agentrl.sandbox import Limits
-from agentrl.sandboxing.backends import prove_backend
+from agentrl.sandboxing.backends import limits_for, prove_backend
 from agentrl.types import Score
 
 __all__ = ["UnitTests", "program_in"]
@@ -58,9 +58,7 @@ class UnitTests:
         self.mode = mode
         self.sandbox = sandbox
         wall_s = _WALL_S if cpu_s is None else 5 * cpu_s
-        self.limits = Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib)
-        if sandbox == "process" and cpu_s is None:  # which can't limit these either
-            self.limits = replace(self.limits, pids=None, disk_mib=None)
+        self.limits = limits_for(sandbox, Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mib=memory_mib))
 
     def check_host(self) -> None:
         """Raises BadConfig where there is no such sandbox here."""

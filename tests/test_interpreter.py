@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -43,6 +42,12 @@ def interpreter(opened: list[Sandbox]) -> Iterator[Interpreter]:
 
 def run(interpreter: Interpreter, *cells: str, deadline_s: float = 60.0) -> list[str]:
     return [interpreter.run(cell, deadline_s=deadline_s) for cell in cells]
+
+
+def has_ended(interpreter: Interpreter) -> None:
+    """Wait until what a cell left behind has ended its interpreter."""
+    assert interpreter._run is not None
+    assert interpreter._run.ended.wait(30)
 
 
 def test_variables_and_functions_and_files_stay(interpreter: Interpreter) -> None:
@@ -212,7 +217,7 @@ def test_one_that_dies_between_cells_is_the_models_fault_too_and_the_loss_is_sai
     interpreter: Interpreter,
 ) -> None:
     run(interpreter, "import threading, os; x = 5; threading.Timer(0.2, os._exit, [4]).start()")
-    time.sleep(1.5)
+    has_ended(interpreter)
     lost = "before this cell the interpreter ended with exit code 4: all variables are lost\n"
     text, after = run(interpreter, "x", "5")
     assert text.startswith(f"{lost}Traceback:")
@@ -231,7 +236,7 @@ def test_a_limit_that_is_reached_between_cells_is_named(
 
     monkeypatch.setattr(opened[0], "run", run_small)
     run(interpreter, "import threading, os; threading.Timer(0.2, os._exit, [0]).start()")
-    time.sleep(1.5)
+    has_ended(interpreter)
     (text,) = run(interpreter, "import os; os._exit(3)")
     first, second = text.splitlines()
     said = "the interpreter was ended at its limit of memory: all variables are lost"

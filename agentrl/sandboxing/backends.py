@@ -17,7 +17,7 @@ from agentrl.registry import make_sandbox
 from agentrl.sandbox import Backend, Limits
 from agentrl.sandboxing.doctor import strongest
 
-__all__ = ["limits_of", "new_backend", "prove_backend", "shared_backend"]
+__all__ = ["limits_for", "limits_of", "new_backend", "prove_backend", "shared_backend"]
 
 
 def shared_backend(sandbox: str, limits: Limits) -> Backend:
@@ -36,6 +36,14 @@ def shared_backend(sandbox: str, limits: Limits) -> Backend:
 def prove_backend(sandbox: str, limits: Limits) -> None:
     """Open a sandbox and close it. Raises BadConfig, UnknownName and SandboxLost where that can't be done."""
     shared_backend(sandbox, limits).open(limits).close()
+
+
+def limits_for(sandbox: str, limits: Limits) -> Limits:
+    """``limits``, without those of processes and disk where "process" is asked for CPU time without one: for
+    trusted code, it can limit neither."""
+    if sandbox == "process" and limits.cpu_s is None:
+        return replace(limits, pids=None, disk_mib=None)
+    return limits
 
 
 def limits_of(default: Limits, changes: Mapping[str, Any] | None, *, asked_by: str) -> Limits:

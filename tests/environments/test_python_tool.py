@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def test_a_wall_clock_is_refused_since_it_would_run_while_the_model_writes() -> 
 def test_an_interpreter_that_ends_between_messages_says_what_is_lost(env: Any) -> None:
     env.reset(seed=0)
     shown(env, "import threading, os; x = 5; threading.Timer(0.2, os._exit, [0]).start()")
-    time.sleep(1.5)
+    assert env._interpreter._run.ended.wait(30)
     (text,) = shown(env, "x")
     assert text.startswith("before this cell the interpreter was ended: all variables are lost\n")
     assert "NameError" in text
